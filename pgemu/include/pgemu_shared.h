@@ -95,10 +95,10 @@ enum {
     PGEMU_WORD_OWNER = 7,    /* process id of the owner. Once */
     PGEMU_WORD_BEGAN = 8,    /* when the owner started, clock ticks since boot, word 22 of /proc/PID/stat: if there is
                               * no process OWNER that began then, the owner has crashed. Once */
-    PGEMU_WORD_DIGEST = 9,   /* of the layout of the four arrays: equal where the same pgemu laid them out. For who reads
-                              * more of them than this header describes. Once */
+    PGEMU_WORD_DIGEST = 9,   /* of the layout of the four arrays: equal where the same pgemu laid them out. For who
+                              * reads more of them than this header describes. Once */
     PGEMU_WORD_ONE = 10,     /* 1: the count of what there is one of. Once */
-    PGEMU_WORD_ARRAYS = 11,  /* three words for each of ram, state, stats, counts: offset, elements, bytes of an element.
+    PGEMU_WORD_ARRAYS = 11,  /* three words for each of ram, state, stats, counts: offset, elements, bytes of one.
                               * ram is physical memory from address 0 on. Once */
     PGEMU_WORD_GUEST = 23,   /* three words: physical address of guest memory, its bytes, and the offset of a uint32 for
                               * each 4K page of it: the frame (4096 bytes, in ram) of its contents, 0: zeroes. Once */

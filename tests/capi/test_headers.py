@@ -12,6 +12,8 @@ import pgemu
 from c_calls import compiler
 from pgemu import capi
 from pgemu.capi.__main__ import compile_flags, link_flags, main
+from pgemu.machine.event_meanings import EVENTS, GAUGES
+from pgemu.trace import COLUMNS
 from pgemu_kernels.run.c_entries import FUNCTIONS
 from pgemu_kernels.words import call_words
 from pgemu_kernels.words.operations import Operation
@@ -32,6 +34,17 @@ def number(name: str) -> int:
 def test_the_words_are_those_of_the_kernels() -> None:
     assert capi.words_header() == WORDS, "write pgemu.capi.words_header() to pgemu/include/pgemu_words.h"
     assert f"#define PGEMU_OP_CONVERT {int(Operation.CONVERT)}\n" in WORDS
+
+
+def test_each_operation_says_what_it_reads_and_each_event_and_gauge_what_it_is() -> None:
+    told = re.sub(r"\n \* ", " ", WORDS)
+    for op, columns in COLUMNS.items():
+        found = re.search(rf"(?:/\* ([^\n]*) \*/\n)?#define PGEMU_OP_{op.name} \d+(?: /\* (.*) \*/)?\n", told)
+        assert found
+        said = found[2] or found[1]
+        assert all(f"{name}: {meaning}" in said for name, meaning in columns.items()), op
+    assert all(meaning in told for meaning in (*EVENTS.values(), *GAUGES.values()))
+    assert "object: pin, below 256" in WORDS
 
 
 def test_the_table_is_what_the_header_says() -> None:
