@@ -11,9 +11,9 @@
  *     if (api->translate(m, PGEMU_MMU_HOST, root, PGEMU_KIND_READ, address, &found) == PGEMU_WALK_OK) ...
  *
  * Arguments. Any uint64_t is taken: what cannot be is refused by a code of its own (PGEMU_ERROR_*, below -4095), what
- * the kernel would refuse by -errno. Pointers are the caller's promise, as memcpy()'s are: NULL and what is not aligned are
- * refused (PGEMU_ERROR_POINTER), where NULL is not said to mean something; arrays must have the length that is told. A
- * machine is a pointer that pgemu_handle() gave while the Python object is alive; NULL is PGEMU_ERROR_MACHINE.
+ * the kernel would refuse by -errno. Pointers are the caller's promise, as memcpy()'s are: NULL and what is not aligned
+ * are refused (PGEMU_ERROR_POINTER), where NULL is not said to mean something; arrays must have the length that is
+ * told. A machine is a pointer that pgemu_handle() gave while the Python object is alive; NULL is PGEMU_ERROR_MACHINE.
  *
  * Constants are in pgemu_words.h, with what each operation reads. Build, with the python that has pgemu:
  *
@@ -23,9 +23,9 @@
  * PyConfig.program_name to ENVIRONMENT/bin/python3 (pgemu/examples/c/embedding.h does), or PYTHONPATH to the folder that
  * pgemu is in.
  *
- * Who has no Python.h defines PGEMU_NO_PYTHON, and gets numbers from Python by whatever calls it: pgemu.capi.
- * functions() are the addresses of the functions by name, in the order of the table, to be put behind `abi` (pgemu.capi.ABI) and
- * `size`; pgemu.capi.handle(machine) is the pgemu_machine *.
+ * Who has no Python.h defines PGEMU_NO_PYTHON, and gets numbers from Python by whatever calls it:
+ * pgemu.capi.functions() are the addresses of the functions by name, in the order of the table, to be put behind `abi`
+ * (pgemu.capi.ABI) and `size`; pgemu.capi.handle(machine) is the pgemu_machine *.
  */
 #ifndef PGEMU_H
 #define PGEMU_H
@@ -149,7 +149,7 @@ typedef struct pgemu_api {
     uint32_t size; /* of this struct, bytes */
 
     /* Walks; kind: PGEMU_KIND_*. They return PGEMU_WALK_*, batches 0. root: physical address of the top table, as
-     * Vm.root or AddressSpace.root says at this moment; it is 0 once they are closed, and below 0 nothing is present
+     * Vm.root or AddressSpace.root says at this moment; it is 0 once they are closed, and from 0 a walk finds nothing
      * (PGEMU_WALK_NOT_PRESENT); where there is no memory it is PGEMU_WALK_OUTSIDE_MEMORY. */
     int64_t (*translate)(pgemu_machine *m, uint64_t mmu, uint64_t root, uint64_t kind, uint64_t address,
                          pgemu_translation *found);
@@ -180,8 +180,8 @@ typedef struct pgemu_api {
     int64_t (*host_fault)(pgemu_machine *m, uint64_t space, uint64_t address, uint64_t flags, uint64_t *detail);
     int64_t (*guest_fault)(pgemu_machine *m, uint64_t vm, uint64_t address, uint64_t flags, uint64_t *detail);
     /* flags: one of PRIVATE and SHARED, both or neither is -EINVAL, as is a range that is empty, not of whole pages, or
-     * not in the inode; -EBADF: no such inode (vm is not looked up); -EAGAIN: somebody holds a page, detail is its
-     * offset in the inode. */
+     * not in the inode, and where vm is a plain one with slots of the inode (one that does not exist is not refused);
+     * -EBADF: no such inode; -EAGAIN: somebody holds a page, detail is its offset in the inode. */
     int64_t (*convert)(pgemu_machine *m, uint64_t vm, uint64_t inode, uint64_t offset, uint64_t length, uint64_t flags,
                        uint64_t *detail);
     /* flags: MADVISE or 0. -ENOMEM: something of the range is not mapped (the rest is zapped); -EINVAL: no such
