@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from pgemu.images.folio import Folio as Folio
     from pgemu.images.image import Image as Image, open_image as open_image
     from pgemu.machine.config import Config as Config
+    from pgemu.machine.event_meanings import Event as Event, Gauge as Gauge
     from pgemu.machine.own_designs import add_design as add_design
     from pgemu.machine.presets import Versions as Versions
     from pgemu.machine.results import (
@@ -92,7 +93,6 @@ if TYPE_CHECKING:
     from pgemu.trace import load as load
     from pgemu.trace.lowered import Lowered as Lowered, LoweringOptions as LoweringOptions
     from pgemu.trace.schema import Records as Records
-    from pgemu_kernels.words.events import Event as Event, Gauge as Gauge
     from pgemu_kernels.words.operations import Flag as Flag, Operation as Operation
     from pgemu_kernels.words.properties import Property as Property
     from pgemu_kernels.words.table_words import WalkStage as WalkStage, WalkStatus as WalkStatus
@@ -115,7 +115,7 @@ _PLACES = {
         "pgemu_kernels.words.operations": ("Operation", "Flag"),
         "pgemu.machine.results": ("Result", "Results", "Errno", "RetPf", "VmFault"),
         "pgemu.machine.statistics": ("Statistics",),
-        "pgemu_kernels.words.events": ("Event", "Gauge"),
+        "pgemu.machine.event_meanings": ("Event", "Gauge"),
         "pgemu_kernels.words.properties": ("Property",),
         "pgemu.machine.own_designs": ("add_design",),
         "pgemu.capi": ("get_include",),

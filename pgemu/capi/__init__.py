@@ -63,7 +63,11 @@ def get_include() -> str:
 
 @cache
 def functions() -> Mapping[str, int]:
-    """Addresses of the C functions by their names in struct pgemu_api, in its order: loaded, or compiled first."""
+    """Addresses of the C functions by their names in struct pgemu_api, in its order: loaded, or compiled first.
+
+    A program without Python.h (PGEMU_NO_PYTHON) makes the table of them: uint32 `ABI`, uint32 bytes of the struct, then
+    these addresses, uint64 each.
+    """
     from pgemu_kernels.run.c_entries import FUNCTIONS
 
     return MappingProxyType({name: entry.c_address() for name, entry in FUNCTIONS.items()})

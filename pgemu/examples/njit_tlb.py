@@ -5,6 +5,10 @@ pgemu.kernels.translate() on a miss, and now and then unmaps, maps or write-prot
 addresses must leave TLBs; what it says goes, and nothing else. At the end every entry of the TLB is compared with a
 translation of its address. (pgemu.guest.Tlb is the other door: TLBs of real processors, batch by batch from Python.)
 
+Conversions and faults return no addresses, for Linux flushes a VM as a whole: run_vm() has a guest's TLB, and empties
+it whenever Event.TLB_FLUSH_VM was counted. Who drops the converted range only keeps what is no longer so, for a leaf of
+2M or 1G goes as a whole.
+
 Run it: python -m pgemu.examples.njit_tlb
 """
 
@@ -15,7 +19,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from pgemu import Config, Machine, kernels
+from pgemu import Config, Event, Flag, Machine, kernels
+from pgemu.machine.designs import Design
 from pgemu.tables.page_table import PageTable
 
 Array = np.ndarray[Any, Any]
@@ -124,6 +129,74 @@ def simulate(accesses: int, *, flush: bool = True, seed: int = 1) -> tuple[Array
     return counts, stale(handle, tree, tags, frames)
 
 
+# --------------------------------------------------------------------------- a guest's TLB
+
+MEMORY, CHUNK = 1 << 30, 512  # of guest memory, bytes; pages that are converted at once: 2M
+BY_EVENT, BY_RANGE = range(2)  # how the TLB learns of a conversion
+
+
+@njit(nogil=True)
+def run_vm(
+    handle: Any, tree: Array, vm: int, inode: int, addresses: Array, tags: Array, frames: Array, how: int
+) -> Array:
+    """Reads by a guest of `addresses` (int64[n]); after every 64th the 4K page there is converted, to and fro.
+
+    Counted and of the TLB as run() has it: EDITS are conversions, DROPPED entries.
+    """
+    counts = np.zeros(5, np.int64)
+    flushed = kernels.event_count(handle, Event.TLB_FLUSH_VM)
+    for i in range(addresses.size):
+        page = addresses[i] // PAGE
+        row, entry = tags[page % SETS], frames[page % SETS]
+        hit = False
+        for way in range(WAYS):
+            hit |= row[way] == page + 1
+        counts[HITS if hit else MISSES] += 1
+        if not hit:
+            found = kernels.translate(handle, tree, addresses[i], kernels.PLAIN)
+            if found.status != 0:
+                counts[FAULTS] += 1
+                kernels.guest_fault(handle, vm, addresses[i], Flag.WRITE)
+                found = kernels.translate(handle, tree, addresses[i], kernels.PLAIN)
+            if found.status == 0:
+                row[i % WAYS], entry[i % WAYS] = page + 1, found.physical // PAGE
+        if i % 64 == 63:
+            done = kernels.convert(handle, inode, page * PAGE, PAGE, i // 64 % 2 == 0)
+            counts[EDITS] += done.status == 0
+            if how == BY_RANGE:
+                invalidate(tags, page * PAGE, page * PAGE + PAGE, counts)
+        now = kernels.event_count(handle, Event.TLB_FLUSH_VM)
+        if how == BY_EVENT and now != flushed:
+            invalidate(tags, 0, MEMORY, counts)
+        flushed = now
+    return counts
+
+
+@njit(nogil=True)
+def stale_of_vm(handle: Any, tree: Array, tags: Array, frames: Array) -> int:
+    """How many entries of a guest's TLB stage 2 does not give by now."""
+    wrong = 0
+    for number in range(SETS):
+        for way in range(WAYS):
+            if tags[number, way] != 0:
+                found = kernels.translate(handle, tree, (tags[number, way] - 1) * PAGE, kernels.PLAIN)
+                wrong += found.status != 0 or found.physical != frames[number, way] * PAGE
+    return wrong
+
+
+def simulate_vm(accesses: int, design: Design = "pfnmap", *, how: int = BY_EVENT, seed: int = 1) -> tuple[Array, int]:
+    """What was counted of a VM with 1G pages, and how many entries are stale at the end: none BY_EVENT."""
+    machine = Machine(Config(design, pool=MEMORY))
+    gmem, vm = machine.create_guest_memfd(MEMORY, shared=True), machine.create_vm(protected=True)
+    assert vm.bind(gmem, gpa=0).status == 0
+    random = np.random.default_rng(seed)
+    addresses = random.integers(0, CHUNK, accesses) * PAGE
+    tags, frames = np.zeros((SETS, WAYS), np.int64), np.zeros((SETS, WAYS), np.int64)
+    handle, tree = kernels.Handle(machine, "translate", "operate"), kernels.tree(vm)
+    counts = run_vm(handle, tree, vm.vm, gmem.inode, addresses, tags, frames, how)
+    return counts, stale_of_vm(handle, tree, tags, frames)
+
+
 def main() -> None:
     """Print what a simulation counted."""
     counts, wrong = simulate(1_000_000)
@@ -132,6 +205,8 @@ def main() -> None:
     print(f"{'stale at the end':16} {wrong:>9,}")
     _, wrong = simulate(1_000_000, flush=False)
     print(f"{'... unflushed':16} {wrong:>9,}")
+    counts, wrong = simulate_vm(200_000)
+    print(f"guest: {counts[EDITS]:,} conversions, {wrong:,} stale; {simulate_vm(200_000, how=BY_RANGE)[1]:,} by range")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,22 @@
  *     pgemu_translation found;
  *     if (api->translate(m, PGEMU_MMU_HOST, root, PGEMU_KIND_READ, address, &found) == PGEMU_WALK_OK) ...
  *
- * Arguments. Any uint64_t is taken: what cannot be is refused by a code of its own (PGEMU_ERROR_*, below -4095), what the
- * kernel would refuse by -errno. Pointers are the caller's promise, as memcpy()'s are: NULL and what is not aligned are
- * refused (PGEMU_ERROR_POINTER), where NULL is not said to mean something; arrays must have the length that is told. A
- * machine is a pointer that pgemu_handle() gave while the Python object is alive; NULL is PGEMU_ERROR_MACHINE.
+ * Arguments. Any uint64_t is taken: what cannot be is refused by a code of its own (PGEMU_ERROR_*, below -4095), what
+ * the kernel would refuse by -errno. Pointers are the caller's promise, as memcpy()'s are: NULL and what is not aligned
+ * are refused (PGEMU_ERROR_POINTER), where NULL is not said to mean something; arrays must have the length that is
+ * told. A machine is a pointer that pgemu_handle() gave while the Python object is alive; NULL is PGEMU_ERROR_MACHINE.
  *
- * Constants are in pgemu_words.h. Build: cc $(python3-config --includes) -I$(python3 -c "import pgemu;
- * print(pgemu.get_include())") program.c $(python3-config --ldflags --embed). Who has no Python.h defines
- * PGEMU_NO_PYTHON and gets the table otherwise.
+ * Constants are in pgemu_words.h, with what each operation reads. Build, with the python that has pgemu:
+ *
+ *     cc $(python -m pgemu.capi --cflags) program.c $(python -m pgemu.capi --ldflags)
+ *
+ * A program that embeds Python finds a virtual environment by the name it starts under: before it starts set
+ * PyConfig.program_name to ENVIRONMENT/bin/python3 (pgemu/examples/c/embedding.h does), or PYTHONPATH to the folder that
+ * pgemu is in.
+ *
+ * Who has no Python.h defines PGEMU_NO_PYTHON, and gets numbers from Python by whatever calls it:
+ * pgemu.capi.functions() are the addresses of the functions by name, in the order of the table, to be put behind `abi`
+ * (pgemu.capi.ABI) and `size`; pgemu.capi.handle(machine) is the pgemu_machine *.
  */
 #ifndef PGEMU_H
 #define PGEMU_H
@@ -39,7 +47,9 @@ extern "C" {
 
 /* What a function returns where it was not called as it must be; nothing was done then. */
 #define PGEMU_ERROR_MACHINE (-5001)  /* no machine of pgemu_handle() */
-#define PGEMU_ERROR_ARGUMENT (-5002) /* a number beyond what it may be: MMU, kind, root, a column of an operation */
+#define PGEMU_ERROR_ARGUMENT (-5002) /* a number beyond what it may be: an MMU that is none or of the other sort, a kind
+                                      * that it has not, a root that is no multiple of 4096 or not below 2^52, a column
+                                      * of an operation, a count of 2^40 or more, an event, a gauge */
 #define PGEMU_ERROR_POINTER (-5003)  /* a pointer that is NULL or not aligned */
 #define PGEMU_ERROR_CODE (-5004)     /* machine code could not be loaded or compiled; Python said why on stderr */
 
@@ -103,8 +113,10 @@ typedef struct pgemu_nested_translations {
     uint64_t *counts;
 } pgemu_nested_translations;
 
-/* One operation: the columns of a trace record. Which operation reads which: pgemu.trace.schema. Limits: op and flags
- * 8 bits, actor PGEMU_ACTORS, vm and space 16 bits, object 32 bits. */
+/* One operation: the columns of a trace record. Which operation reads which, and which flags, stands beside PGEMU_OP_*
+ * in pgemu_words.h; python -c "import pgemu.trace as t; print(t.columns_table())" prints it. Limits: op and flags 8
+ * bits, actor below PGEMU_ACTORS, vm and space 16 bits, object 32 bits, or PGEMU_ERROR_ARGUMENT; an op that is none is
+ * -PGEMU_EOPNOTSUPP. */
 typedef struct pgemu_operation {
     uint64_t op; /* PGEMU_OP_* */
     uint64_t flags;
@@ -118,7 +130,8 @@ typedef struct pgemu_operation {
 } pgemu_operation;
 
 /* Many operations as columns. header: op | flags << 8 | actor << 16 | vm << 32 | space << 48. single: bit n set, and
- * column n (0 header .. 4 length) has one element, which is for all. NULL, but for header: 0 for all. */
+ * column n (0 header .. 4 length) has one element, which is for all; other bits are ignored, set none. NULL, but for
+ * header: 0 for all. */
 typedef struct pgemu_columns {
     uint64_t const *header;
     uint64_t const *object;
@@ -128,13 +141,16 @@ typedef struct pgemu_columns {
     uint64_t single;
 } pgemu_columns;
 
-/* The table. `m` is the machine, `detail` may be NULL; operations return what the kernel returns: 0, -errno, of faults
- * PGEMU_VM_FAULT_* or PGEMU_RET_PF_*. Flags are PGEMU_FLAG_*. */
+/* The table. `m` is the machine. Operations return what the kernel returns: 0, -errno, of faults PGEMU_VM_FAULT_* or
+ * PGEMU_RET_PF_*; a few codes are named at each, others stand for what Linux has them for. `detail` of one operation
+ * may be NULL; the arrays of run() may not. Flags are PGEMU_FLAG_*. */
 typedef struct pgemu_api {
     uint32_t abi;  /* PGEMU_ABI */
     uint32_t size; /* of this struct, bytes */
 
-    /* Walks; kind: PGEMU_KIND_*. They return PGEMU_WALK_*, batches 0. */
+    /* Walks; kind: PGEMU_KIND_*. They return PGEMU_WALK_*, batches 0. root: physical address of the top table, as
+     * Vm.root or AddressSpace.root says at this moment; it is 0 once they are closed, and from 0 a walk finds nothing
+     * (PGEMU_WALK_NOT_PRESENT); where there is no memory it is PGEMU_WALK_OUTSIDE_MEMORY. */
     int64_t (*translate)(pgemu_machine *m, uint64_t mmu, uint64_t root, uint64_t kind, uint64_t address,
                          pgemu_translation *found);
     /* kinds: one byte for each address, or NULL: `kind` is that of all. */
@@ -147,30 +163,50 @@ typedef struct pgemu_api {
                                       uint64_t kind, uint8_t const *kinds, uint64_t count, uint64_t const *addresses,
                                       pgemu_nested_translations const *found);
 
-    /* Any operation; and `count` of them, in order: 0, the results in status and detail, arrays of `count`. */
+    /* Any operation; and `count` of them, in order: 0, the results in status and detail, arrays of `count`, both there
+     * unless count is 0. */
     int64_t (*operate)(pgemu_machine *m, pgemu_operation const *operation, uint64_t *detail);
     int64_t (*run)(pgemu_machine *m, pgemu_columns const *columns, uint64_t count, int64_t *status, uint64_t *detail);
 
-    /* What simulators do most, one operation each. Faults: detail is the level of the leaf. */
+    /* What simulators do most, one operation each. Faults: detail is the level of the leaf. What other simulators' TLBs
+     * must forget no operation says: look whether event_count() of PGEMU_EVENT_TLB_FLUSH_VM (VMs) or _TLB_FLUSH_MM
+     * (processes) has grown, and forget all of VMs, or of processes. To forget the range alone is not enough: a leaf of
+     * 2M or 1G goes as a whole.
+     *
+     * host_fault: 0 if the entry was there, PGEMU_VM_FAULT_NOPAGE or _LOCKED if it is now; _SIGSEGV: no mapping, or no
+     * such process; _SIGBUS: private memory, or behind the end of a file; _OOM.
+     * guest_fault: PGEMU_RET_PF_FIXED, _SPURIOUS (it was there), _EMULATE (no slot); -EFAULT: memory of the other kind
+     * than PRIVATE or SHARED of the flags says; -EBADF: no such VM. */
     int64_t (*host_fault)(pgemu_machine *m, uint64_t space, uint64_t address, uint64_t flags, uint64_t *detail);
     int64_t (*guest_fault)(pgemu_machine *m, uint64_t vm, uint64_t address, uint64_t flags, uint64_t *detail);
+    /* flags: one of PRIVATE and SHARED, both or neither is -EINVAL, as is a range that is empty, not of whole pages, or
+     * not in the inode, and where vm is a plain one with slots of the inode (one that does not exist is not refused);
+     * -EBADF: no such inode; -EAGAIN: somebody holds a page, detail is its offset in the inode. */
     int64_t (*convert)(pgemu_machine *m, uint64_t vm, uint64_t inode, uint64_t offset, uint64_t length, uint64_t flags,
                        uint64_t *detail);
+    /* flags: MADVISE or 0. -ENOMEM: something of the range is not mapped (the rest is zapped); -EINVAL: no such
+     * process, address not of a page, MADVISE of VM_PFNMAP. */
     int64_t (*zap)(pgemu_machine *m, uint64_t space, uint64_t address, uint64_t length, uint64_t flags,
                    uint64_t *detail);
+    /* 0 where nothing is mapped, too; -EINVAL: no such process, address not of a page. */
     int64_t (*munmap)(pgemu_machine *m, uint64_t space, uint64_t address, uint64_t length, uint64_t *detail);
+    /* -EBADF: no such inode; -EINVAL: part of a huge page (Config.punch). */
     int64_t (*punch_hole)(pgemu_machine *m, uint64_t inode, uint64_t offset, uint64_t length, uint64_t *detail);
+    /* pin: the caller's number for what it pins, 0 to PGEMU_PINS - 1 (255). detail: pages, of 4K. pin: -EEXIST: it is in
+     * use; -EINVAL: one from 256 on; -EFAULT: nothing that can be pinned is there (VM_PFNMAP never can), or no such
+     * process. unpin: -ENOENT: no such pin. */
     int64_t (*pin)(pgemu_machine *m, uint64_t space, uint64_t pin, uint64_t address, uint64_t length, uint64_t flags,
                    uint64_t *detail);
     int64_t (*unpin)(pgemu_machine *m, uint64_t pin, uint64_t *detail);
-    /* inode: PGEMU_NO_INODE for memory of the process at virtual address `offset`. */
+    /* inode: PGEMU_NO_INODE for memory of the process at virtual address `offset`. -ENODEV: no such domain. */
     int64_t (*dma_map)(pgemu_machine *m, uint64_t domain, uint64_t space, uint64_t iova, uint64_t length, uint64_t inode,
                        uint64_t offset, uint64_t flags, uint64_t *detail);
     int64_t (*dma_unmap)(pgemu_machine *m, uint64_t domain, uint64_t iova, uint64_t length, uint64_t *detail);
     int64_t (*dma_access)(pgemu_machine *m, uint64_t domain, uint64_t device, uint64_t iova, uint64_t length,
                           uint64_t word, uint64_t flags, uint64_t *detail);
 
-    /* How often an event (PGEMU_EVENT_*) was counted, in all; the value of a gauge (PGEMU_GAUGE_*) now. */
+    /* How often an event (PGEMU_EVENT_*) was counted, in all; the value of a gauge (PGEMU_GAUGE_*) now. What each is
+     * stands beside it in pgemu_words.h. */
     int64_t (*event_count)(pgemu_machine *m, uint64_t event);
     int64_t (*gauge_value)(pgemu_machine *m, uint64_t gauge);
 } pgemu_api;

@@ -14,6 +14,12 @@
  * moment (unless an entry went away and came back meanwhile), and the sequence, which SharedMachine.edit() moves, was
  * even and the same: if the owner edits within edit() only, nothing at all changed.
  *
+ * A reader's TLB. The segment tells nobody which addresses were flushed, or that any was. The sequence says that
+ * something may have changed, if the owner makes all its changes within edit(): keep it from the walk that filled the
+ * TLB, and when it has moved, or is odd, forget everything. An owner that changes anything outside edit() does not move
+ * it (faults, conversions and zaps by themselves do not): then a reader cannot know, and has to walk each time, as
+ * pgemu_shared_walk_stable() does, or to ask pgemu_shared_unchanged() of the walk that it keeps.
+ *
  * Levels are KVM's: 1 = 4K, 2 = 2M, 3 = 1G. A walk is that of PageTable.translate() without an access: what is present
  * and what is a leaf, no rights. Formats are data of the segment: x86-64, EPT, NPT, Arm64 stage 2, VT-d, AMD's IOMMU.
  */
@@ -46,16 +52,17 @@ enum pgemu_shared_result {
     PGEMU_SHARED_NO_SUCH = -5    /* there is no format of that row */
 };
 
-enum pgemu_shared_status { /* pgemu.tables.translation.WalkStatus */
-    PGEMU_WALK_OK = 0,
-    PGEMU_WALK_NOT_PRESENT = 1,
-    PGEMU_WALK_RESERVED = 2,       /* a reserved kind of entry */
-    PGEMU_WALK_MISCONFIGURED = 5,  /* the same of EPT */
-    PGEMU_WALK_NOT_CANONICAL = 7,
-    PGEMU_WALK_ADDRESS_SIZE = 8,   /* beyond the input addresses of the format */
-    PGEMU_WALK_OUTSIDE_MEMORY = 9, /* a table lies where there is no memory */
-    PGEMU_WALK_CHANGING = 100      /* pgemu_shared_walk_stable(): it never held still */
-};
+/* How a walk ended: pgemu.WalkStatus, of which a walk without an access has these. They are macros of the same text as
+ * in pgemu_words.h, so that both headers can be included in any order. (In strict C99 pgemu.h is the first: Python.h
+ * says what system headers define.) */
+#define PGEMU_WALK_OK 0
+#define PGEMU_WALK_NOT_PRESENT 1
+#define PGEMU_WALK_RESERVED 2 /* a reserved kind of entry */
+#define PGEMU_WALK_MISCONFIGURED 5 /* the same of EPT */
+#define PGEMU_WALK_NOT_CANONICAL 7
+#define PGEMU_WALK_ADDRESS_SIZE 8 /* beyond the input addresses of the format */
+#define PGEMU_WALK_OUTSIDE_MEMORY 9 /* a table lies where there is no memory */
+#define PGEMU_WALK_CHANGING 100 /* pgemu_shared_walk_stable() only: it never held still */
 
 enum pgemu_shared_kind {
     PGEMU_ROOT_KERNEL = 1,
@@ -73,12 +80,37 @@ enum pgemu_shared_kind {
 #define PGEMU_SHARED_MOST_SOURCES 64
 #define PGEMU_SHARED_MOST_ROWS 65536
 
-/* Words of the header; pgemu/objects/shared.py has them all. */
+/* Words of the header, uint64 in the byte order of the computer; offsets are bytes from the beginning of the segment.
+ * "Once": does not change after the magic is there. pgemu_shared_header() reads one as it is now. */
 enum {
-    PGEMU_WORD_MAGIC = 0, PGEMU_WORD_VERSION = 1, PGEMU_WORD_HEADER = 2, PGEMU_WORD_SIZE = 3, PGEMU_WORD_STATE = 4,
-    PGEMU_WORD_SEQUENCE = 5, PGEMU_WORD_WRITTEN = 6, PGEMU_WORD_OWNER = 7, PGEMU_WORD_BEGAN = 8,
-    PGEMU_WORD_DIGEST = 9, PGEMU_WORD_ARRAYS = 11, PGEMU_WORD_GUEST = 23, PGEMU_WORD_FORMATS = 26,
-    PGEMU_WORD_SOURCES = 30, PGEMU_WORDS = 64
+    PGEMU_WORD_MAGIC = 0,    /* PGEMU_SHARED_MAGIC, written last of all: before there is no machine */
+    PGEMU_WORD_VERSION = 1,  /* PGEMU_SHARED_VERSION, of this layout. Once */
+    PGEMU_WORD_HEADER = 2,   /* bytes of the header, PGEMU_WORDS * 8 or more. Once */
+    PGEMU_WORD_SIZE = 3,     /* bytes of the segment. Once */
+    PGEMU_WORD_STATE = 4,    /* PGEMU_SHARED_LIVE, then PGEMU_SHARED_CLOSED */
+    PGEMU_WORD_SEQUENCE = 5, /* odd within SharedMachine.edit() and while the lists of word 6 are
+                              * written, 2 more after each; see "A reader's TLB" above */
+    PGEMU_WORD_WRITTEN = 6,  /* how many times the lists of formats and of page tables were written: if it has moved,
+                              * read formats and roots again. Roots of processes and VMs do not move it */
+    PGEMU_WORD_OWNER = 7,    /* process id of the owner. Once */
+    PGEMU_WORD_BEGAN = 8,    /* when the owner started, clock ticks since boot, word 22 of /proc/PID/stat: if there is
+                              * no process OWNER that began then, the owner has crashed. Once */
+    PGEMU_WORD_DIGEST = 9,   /* of the layout of the four arrays: equal where the same pgemu laid them out. For who
+                              * reads more of them than this header describes. Once */
+    PGEMU_WORD_ONE = 10,     /* 1: the count of what there is one of. Once */
+    PGEMU_WORD_ARRAYS = 11,  /* three words for each of ram, state, stats, counts: offset, elements, bytes of one.
+                              * ram is physical memory from address 0 on. Once */
+    PGEMU_WORD_GUEST = 23,   /* three words: physical address of guest memory, its bytes, and the offset of a uint32 for
+                              * each 4K page of it: the frame (4096 bytes, in ram) of its contents, 0: zeroes. Once */
+    PGEMU_WORD_FORMATS = 26, /* four words: offset of the formats, bytes of a row, rows there is room for; rows in use,
+                              * the only one that changes. A row: pgemu_shared_read_format() */
+    PGEMU_WORD_SOURCES = 30, /* three words: offset of what says where roots are, bytes of a row, rows. A row:
+                              * pgemu_shared_roots(). Once */
+    PGEMU_WORD_TABLES = 33,  /* five words: offset of the list of Machine.create_page_table()'s, bytes of a row, rows
+                              * there is room for; rows to look at, and page tables there are, more than rows where the
+                              * list is full. pgemu_shared_roots() reads it, too */
+    PGEMU_WORD_TEXT = 40,    /* eight words: version of pgemu as text, zeroes behind it. Once */
+    PGEMU_WORDS = 64         /* those that are not named are 0 */
 };
 
 struct pgemu_shared_array {
@@ -118,7 +150,7 @@ struct pgemu_shared_root {
 };
 
 struct pgemu_shared_walked {
-    int status;        /* enum pgemu_shared_status */
+    int status;        /* PGEMU_WALK_* */
     unsigned level;    /* of the leaf, or of the entry at fault */
     unsigned count;    /* entries that were read */
     uint64_t physical; /* 0 unless the status is PGEMU_WALK_OK */

@@ -12,6 +12,7 @@ from pgemu.kernels.native import (
     NOT_LOADED,
     NUMBER,
     REFUSED,
+    TRUTH,
     WORDS,
     called,
     compiled,
@@ -117,19 +118,20 @@ def _size(level):
 def edit(handle, tree, op, address, physical, length, level, set_bits, clear_bits, flags):
     """edit(handle, tree, op, address, physical, length, level, set_bits, clear_bits, flags) -> Edited: any edit.
 
-    tree: of a PageTable. op: words.Edit from MAP on. length: bytes. level, set_bits, clear_bits and flags
-    (words.EDIT_*) are the request's of pgemu_kernels/words/table_words.py (E_LEVEL, ...); those below fill them in.
+    tree: of a PageTable. op: pgemu_kernels.words.Edit from MAP on. length: bytes. level, set_bits, clear_bits and
+    flags (EDIT_* there) are the request's of pgemu_kernels/words/table_words.py (E_LEVEL, ...); those below fill them
+    in.
     """
     return _edit(
         handle, tree, U(op), U(address), U(physical), U(length), U(level), U(set_bits), U(clear_bits), U(flags)
     )
 
 
-@compiled(handle=HANDLE, tree=WORDS, address=NUMBER, physical=NUMBER, level=NUMBER, attributes=NUMBER, replace=NUMBER)
+@compiled(handle=HANDLE, tree=WORDS, address=NUMBER, physical=NUMBER, level=NUMBER, attributes=NUMBER, replace=TRUTH)
 def map(handle, tree, address, physical, level, attributes, replace):
     """map(handle, tree, address, physical, level, attributes, replace) -> Edited: one leaf, as PageTable.map().
 
-    attributes: bits of a 4K leaf (PageTable.format.leaf[0] are the usual ones). replace: 0 or 1. REFUSED for a table
+    attributes: bits of a 4K leaf (PageTable.format.leaf[0] are the usual ones). replace: a bool. REFUSED for a table
     that maps of higher addresses make taller (AMD's I/O tables): Python maps those.
     """
     flags = _EXACT | (_REPLACE if U(replace) != _U0 else _U0)
@@ -139,7 +141,7 @@ def map(handle, tree, address, physical, level, attributes, replace):
 
 @compiled(
     handle=HANDLE, tree=WORDS, address=NUMBER, physical=NUMBER, length=NUMBER, max_level=NUMBER, attributes=NUMBER,
-    replace=NUMBER,
+    replace=TRUTH,
 )  # fmt: skip
 def map_range(handle, tree, address, physical, length, max_level, attributes, replace):
     """map_range(handle, tree, address, physical, length, max_level, attributes, replace) -> Edited: leaves as large as

@@ -62,11 +62,12 @@ class Handle(OfMachine):
 
     :param machine: the Machine
     :param what: what is going to be called, of "translate", "translate_nested", "edit", "operate" (the default: these
-        four), and what operations go on to: "full" (machines with parameters of their own, and what default machines
-        leave to them), "ordinary" (process memory and memory slots of neither design), "pooling" (huge pages
-        themselves), "devices". Their machine code is loaded, or compiled if it is in no cache; that of operations which
-        is not named is loaded by the first one that needs it. Name it for functions with `parallel=True`, whose threads
-        wait for Python in vain.
+        four), and what operations go on to: "full" (operations of the designs that are rare, such as ALLOCATE; on
+        machines with parameters of their own all operations, and there "operate" is enough), "ordinary" (process memory
+        and memory slots of neither design), "pooling" (huge pages themselves), "devices". Their machine code is loaded
+        now, or compiled if it is in no cache. None of the last four has to be named: the first operation that needs one
+        loads it. Name it where that cannot be: in functions with `parallel=True`, whose threads wait for Python in
+        vain, or where the first operation must take no longer than others.
     """
 
     machine: Core

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.errors import TypingError
@@ -15,11 +17,12 @@ from pgemu.kernels.handle import H_DESCRIPTOR, H_LENGTH, HandleType
 from pgemu_kernels.engine.handle import machine_type
 from pgemu_kernels.engine.inner_functions import array_value
 from pgemu_kernels.words.call_words import BAD_ARGUMENT, BAD_MACHINE, NO_CODE
+from pgemu_kernels.words.operations import Flag
 
 __all__ = (
-    "BYTES", "CLOSED", "FOREIGN", "HANDLE", "NOT_LOADED", "NUMBER", "REFUSED", "WORDS", "address_of", "called",
-    "compiled", "descriptor_of", "handle_word", "inlined", "machine_of", "no_words", "stack_bytes", "stack_status",
-    "stack_words",
+    "BYTES", "CLOSED", "FLAGS", "FOREIGN", "HANDLE", "NOT_LOADED", "NUMBER", "REFUSED", "TRUTH", "WORDS", "address_of",
+    "called", "compiled", "descriptor_of", "flag_bits", "handle_word", "inlined", "machine_of", "no_words",
+    "stack_bytes", "stack_status", "stack_words",
 )  # fmt: skip
 
 # What functions return that could not do anything: below every -errno (include/linux/err.h:MAX_ERRNO).
@@ -42,6 +45,20 @@ def NUMBER(kind: Any) -> str:  # noqa: N802
     """An address, a length, a code."""
     integer = isinstance(kind, types.Integer | types.IntEnumMember)
     return "" if integer else "an integer (uint64; others are converted, modulo 2**64)"
+
+
+def FLAGS(kind: Any) -> str:  # noqa: N802
+    """The same, or a pgemu.Flag, which numba takes for no number."""
+    return "" if _is_flag(kind) else NUMBER(kind) and "an integer or a pgemu.Flag"
+
+
+def TRUTH(kind: Any) -> str:  # noqa: N802
+    """Yes or no."""
+    return "" if isinstance(kind, types.Boolean) else NUMBER(kind) and "a bool, or an integer that is 0 for no"
+
+
+def _is_flag(kind: Any) -> bool:
+    return isinstance(kind, types.EnumMember) and kind.instance_class is Flag
 
 
 def WORDS(kind: Any) -> str:  # noqa: N802
@@ -92,6 +109,31 @@ def compiled(inline: bool = False, /, **expected: Callable[[Any], str]) -> Calla
         return public
 
     return decorate
+
+
+# --------------------------------------------------------------------------- flags
+
+
+def flag_bits(flags: Any) -> Any:
+    """flag_bits(flags): an integer or a Flag, as uint64; of compiled functions."""
+    raise TypeError("flag_bits() is called by compiled functions")
+
+
+@overload(flag_bits, jit_options={"forceinline": True, **_OPTIONS}, strict=False)
+def _flag_bits(flags: Any) -> Any:
+    if _is_flag(flags):
+        return lambda flags: np.uint64(flags.value)
+    return lambda flags: np.uint64(flags)
+
+
+@overload(operator.or_, jit_options={"forceinline": True, **_OPTIONS}, strict=False)
+def _both_flags(one: Any, other: Any) -> Any:
+    """Flag.WRITE | Flag.EXEC in a caller's function: an integer."""
+    if _is_flag(one) and (_is_flag(other) or isinstance(other, types.Integer)):
+        return lambda one, other: flag_bits(one) | flag_bits(other)
+    if _is_flag(other) and isinstance(one, types.Integer):
+        return lambda one, other: flag_bits(one) | flag_bits(other)
+    return None
 
 
 # --------------------------------------------------------------------------- the handle's words

@@ -9,13 +9,16 @@ import numpy as np
 from pgemu.kernels.handle import H_DESCRIPTOR, H_OPERATE
 from pgemu.kernels.native import (
     CLOSED,
+    FLAGS,
     HANDLE,
     NOT_LOADED,
     NUMBER,
     REFUSED,
+    TRUTH,
     address_of,
     called,
     compiled,
+    flag_bits,
     handle_word,
     machine_of,
     stack_words,
@@ -62,43 +65,49 @@ def _operate(handle, op, flags, vm, space, object_, address, offset, length):
 
 
 @compiled(
-    handle=HANDLE, op=NUMBER, flags=NUMBER, vm=NUMBER, space=NUMBER, object_=NUMBER, address=NUMBER, offset=NUMBER,
+    handle=HANDLE, op=NUMBER, flags=FLAGS, vm=NUMBER, space=NUMBER, object_=NUMBER, address=NUMBER, offset=NUMBER,
     length=NUMBER,
 )  # fmt: skip
 def operate(handle, op, flags, vm, space, object_, address, offset, length):
     """operate(handle, op, flags, vm, space, object_, address, offset, length) -> Done: any operation by its code.
 
-    The arguments are the columns of a trace (pgemu.trace.COLUMNS): op a pgemu_kernels.words.Operation, flags its Flag
-    bits, vm and space numbers below 65536 of a VM and a process, object_ that of a file, a slot or a pin (below 2**32),
+    The arguments are the columns of a trace (pgemu.trace.COLUMNS): op a pgemu.Operation, flags pgemu.Flag bits,
+    vm and space numbers below 65536 of a VM and a process, object_ that of a file, a slot or a pin (below 2**32),
     the others bytes. See Machine.operate(). REFUSED for what fits no column. Machine code that the handle was not made
     with is loaded when it is needed first, which takes Python and time.
     """
-    return _operate(handle, U(op), U(flags), U(vm), U(space), U(object_), U(address), U(offset), U(length))
+    return _operate(handle, U(op), flag_bits(flags), U(vm), U(space), U(object_), U(address), U(offset), U(length))
 
 
-@compiled(handle=HANDLE, space=NUMBER, address=NUMBER, flags=NUMBER)
+@compiled(handle=HANDLE, space=NUMBER, address=NUMBER, flags=FLAGS)
 def host_fault(handle, space, address, flags):
     """host_fault(handle, space, address, flags) -> Done: an access of a process (AddressSpace.space), as its touch().
 
-    flags: 0, or bits of words.Flag: WRITE, EXEC. detail: the level of the leaf.
+    flags: 0, or bits of pgemu.Flag: WRITE, EXEC. detail: the level of the leaf. status of a process that does not
+    exist: VmFault.SIGSEGV, as of an address where it has nothing.
     """
-    return _operate(handle, _HOST_FAULT, U(flags), _U0, U(space), _U0, U(address), _U0, _U0)
+    return _operate(handle, _HOST_FAULT, flag_bits(flags), _U0, U(space), _U0, U(address), _U0, _U0)
 
 
-@compiled(handle=HANDLE, vm=NUMBER, gpa=NUMBER, flags=NUMBER)
+@compiled(handle=HANDLE, vm=NUMBER, gpa=NUMBER, flags=FLAGS)
 def guest_fault(handle, vm, gpa, flags):
     """guest_fault(handle, vm, gpa, flags) -> Done: an access of a guest (Vm.vm), as Vm.touch().
 
-    flags: 0, or bits of words.Flag: WRITE, EXEC, ACCEPT_4K. detail: the level of the leaf.
+    flags: 0, or bits of pgemu.Flag: WRITE, EXEC, PRIVATE or SHARED, ACCEPT_4K. detail: the level of the leaf. status of
+    a VM that does not exist: -EBADF. A fault may replace leaves that a TLB has, see convert().
     """
-    return _operate(handle, _GUEST_FAULT, U(flags), U(vm), _U0, _U0, U(gpa), _U0, _U0)
+    return _operate(handle, _GUEST_FAULT, flag_bits(flags), U(vm), _U0, _U0, U(gpa), _U0, _U0)
 
 
-@compiled(handle=HANDLE, inode=NUMBER, offset=NUMBER, length=NUMBER, shared=NUMBER)
+@compiled(handle=HANDLE, inode=NUMBER, offset=NUMBER, length=NUMBER, shared=TRUTH)
 def convert(handle, inode, offset, length, shared):
     """convert(handle, inode, offset, length, shared) -> Done: as GuestMemfd.convert() (inode: GuestMemfd.inode).
 
-    shared: 1 to shared, 0 to private.
+    shared: True (1) to shared, False (0) to private. status of an inode that does not exist: -EBADF.
+
+    It does not say what TLBs must forget, and that is more than the range: a leaf of 2M or 1G goes as a whole. Compare
+    event_count(handle, Event.TLB_FLUSH_VM) with what it was when the TLB was last empty or right: if it has grown, all
+    that the TLB has of VMs is to be forgotten; Event.TLB_FLUSH_MM tells the same of processes (`kernels`, "TLBs").
     """
     flags = _SHARED if U(shared) != _U0 else _PRIVATE
     return _operate(handle, _CONVERT, flags, _U0, _U0, U(inode), _U0, U(offset), U(length))
@@ -106,21 +115,26 @@ def convert(handle, inode, offset, length, shared):
 
 @compiled(handle=HANDLE, space=NUMBER, address=NUMBER, length=NUMBER)
 def zap(handle, space, address, length):
-    """zap(handle, space, address, length) -> Done: clear a process's entries of a range, as AddressSpace.zap()."""
+    """zap(handle, space, address, length) -> Done: clear a process's entries of a range, as AddressSpace.zap().
+
+    What TLBs must forget is told by Event.TLB_FLUSH_MM, and of the process's VMs by TLB_FLUSH_VM: see convert(). status
+    of a process that does not exist: -EINVAL.
+    """
     return _operate(handle, _ZAP, _U0, _U0, U(space), _U0, U(address), _U0, U(length))
 
 
 @compiled(handle=HANDLE, space=NUMBER, address=NUMBER, length=NUMBER)
 def munmap(handle, space, address, length):
-    """munmap(handle, space, address, length) -> Done: as AddressSpace.munmap()."""
+    """munmap(handle, space, address, length) -> Done: as AddressSpace.munmap(). TLBs, no process: as zap()."""
     return _operate(handle, _MUNMAP, _U0, _U0, U(space), _U0, U(address), _U0, U(length))
 
 
 @compiled(handle=HANDLE, event=NUMBER)
 def event_count(handle, event):
-    """event_count(handle, event) -> int64: how often a words.Event was counted, for all operations and edits.
+    """event_count(handle, event) -> int64: how often a pgemu.Event was counted, for all operations and edits.
 
-    Or CLOSED, or REFUSED for another number. TLB_FLUSH_VM: if it has grown since the last look, VMs were flushed.
+    Or CLOSED, or REFUSED for another number. If TLB_FLUSH_VM has grown since the last look, VMs were flushed, it does
+    not say which; TLB_FLUSH_MM: processes; TLB_FLUSH_KERNEL: kernel addresses. help(pgemu.Event) has a line on each.
     """
     if handle_word(handle, _H_DESCRIPTOR) == _U0:
         return np.int64(CLOSED)
@@ -135,7 +149,7 @@ def event_count(handle, event):
 
 @compiled(handle=HANDLE, op=NUMBER, event=NUMBER)
 def event_count_of(handle, op, event):
-    """event_count_of(handle, op, event) -> int64: the same for one words.Operation (0: edits of page tables)."""
+    """event_count_of(handle, op, event) -> int64: the same for one pgemu.Operation (0: edits of page tables)."""
     if handle_word(handle, _H_DESCRIPTOR) == _U0:
         return np.int64(CLOSED)
     if U(op) >= _OPERATIONS or U(event) >= _EVENTS:
@@ -145,7 +159,7 @@ def event_count_of(handle, op, event):
 
 @compiled(handle=HANDLE, gauge=NUMBER)
 def gauge(handle, gauge):
-    """gauge(handle, gauge) -> int64: a words.Gauge now (FRAMES_USED: frames); or CLOSED, REFUSED."""
+    """gauge(handle, gauge) -> int64: a pgemu.Gauge now (FRAMES_USED: frames); or CLOSED, REFUSED."""
     if handle_word(handle, _H_DESCRIPTOR) == _U0:
         return np.int64(CLOSED)
     if U(gauge) >= _GAUGE_COUNT:

@@ -26,6 +26,7 @@ __all__ = (
 
 Array = np.ndarray[Any, Any]
 PLAIN = PLAIN_KIND
+"""Kind of a walk without an access, beside READ to USER_FETCH. pgemu.Kind has no such member: Python says None."""
 _ROWS = int(W.ACCESS_ROWS)
 _NOWHERE = (1 << 64) - 1
 

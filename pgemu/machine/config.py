@@ -45,7 +45,10 @@ class Config:
     Config(design) alone is no version that was posted, but the branch of December 2025 on the newest kernel and mended;
     those that were are in pgemu.machine.presets, and `Versions().configuration(design)` is what `pgemu compare` runs.
 
-    design: "restructure" or "pfnmap", which matters to guest_memfd inodes only.
+    design: "restructure" or "pfnmap", which matters to guest_memfd inodes only. What the other one alone reads is taken
+    and changes nothing: pfnmap, which splits no folio, reads neither `order`, `split_form`, `split_to`, `merge`,
+    `merge_zero` and `poisoned_blocks` nor `zap` and `invalidate`; restructure neither `level_rule` nor `host_huge`, and
+    has no VM_PFNMAP of guest_memfd that `dontneed_on_pfnmap` would be for.
     pool: bytes of HugeTLB memory, a multiple of `page_size` (2 MiB or 1 GiB); 0 for page tables alone. With a
     `page_size` of 4 KiB bytes of guest memory with the page allocator, a multiple of 2 MiB: guest_memfd as merged,
     of 4K folios, in either design; without `other_pool` and `buddy`, and `hvo` concerns huge pages only.

@@ -36,7 +36,11 @@ PF_WRITE, PF_USER, PF_FETCH = 1 << 1, 1 << 2, 1 << 4
 
 
 class Kind(IntEnum):
-    """What an access is; the codes are those of the `kinds` arrays."""
+    """What an access is; the codes are those of the `kinds` arrays.
+
+    A walk without an access (present or not, no rights, no accessed bits) is None in Python; in numba and C, which have
+    no None, it is kernels.PLAIN and PGEMU_KIND_PLAIN, 8, and no member here.
+    """
 
     READ = 0
     WRITE = 1

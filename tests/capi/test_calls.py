@@ -336,6 +336,39 @@ def test_numbers_that_cannot_be_are_refused() -> None:
     assert call("gauge_value", one.handle, 1 << 63) == BAD_ARGUMENT
 
 
+def test_codes_are_those_that_the_header_names() -> None:
+    one = made("restructure")
+    private, shared, write = int(W.Flag.PRIVATE), int(W.Flag.SHARED), int(W.Flag.WRITE)
+    detail = words(1)
+
+    def answers(name: str, *columns: tuple[int, ...]) -> list[int]:
+        return [call(name, one.handle, *arguments, detail) for arguments in columns]
+
+    convert = [(0, 0, 0, PAGE, 0), (0, 0, 0, PAGE, private | shared), (0, 0, 1, PAGE, private), (0, 0, 0, 0, private),
+               (0, 0, 4 * M2, PAGE, private), (0, 9, 0, PAGE, private), (9, 0, 0, PAGE, private)]  # fmt: skip
+    assert answers("convert", *convert) == [-W.EINVAL] * 5 + [-W.EBADF, 0]
+    pins = [(0, number, HVA + M2, PAGE, write) for number in (0, 0, 255, 256, 1 << 32)]
+    assert answers("pin", *pins) == [0, -W.EEXIST, 0, -W.EINVAL, BAD_ARGUMENT]
+    assert answers("pin", (5, 7, HVA, PAGE, write), (0, 7, PAGE, PAGE, write)) == [-W.EFAULT] * 2
+    assert answers("convert", (0, 0, M2, PAGE, private)) == [-W.EAGAIN]
+    assert detail[0] == M2
+    assert answers("unpin", (0,), (0,), (200,), (256,)) == [0, *[-W.ENOENT] * 3]
+    assert answers("host_fault", (0, PAGE, 0), (5, HVA, 0), (0, HVA, 0)) == [W.VM_FAULT_SIGSEGV] * 2 + [
+        W.VM_FAULT_SIGBUS
+    ]
+    assert answers("guest_fault", (5, 0, 0), (0, 1 << 40, 0), (0, 0, shared)) == [
+        -W.EBADF, W.RET_PF_EMULATE, -W.EFAULT
+    ]  # fmt: skip
+    assert answers("zap", (5, HVA, PAGE, 0), (0, HVA + 1, PAGE, 0), (0, PAGE, PAGE, 0)) == [
+        -W.EINVAL, -W.EINVAL, -W.ENOMEM
+    ]  # fmt: skip
+    assert answers("munmap", (5, HVA, PAGE), (0, HVA + 1, PAGE), (0, PAGE, PAGE)) == [-W.EINVAL, -W.EINVAL, 0]
+    assert answers("punch_hole", (9, 0, M2), (0, 0, PAGE)) == [-W.EBADF, -W.EINVAL]
+    assert answers("dma_unmap", (3, 0, PAGE)) == [-W.ENODEV]
+    assert call("translate", one.handle, 1, 0, PLAIN_KIND, 0, words(3)) == W.WalkStatus.NOT_PRESENT
+    assert call("translate", one.handle, 1, 1 << 50, PLAIN_KIND, 0, words(3)) == W.WalkStatus.OUTSIDE_MEMORY
+
+
 def test_a_device_only_reads_and_writes() -> None:
     one = made()
     table = one.machine.create_page_table("vtd-s2")

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from numba import njit
+from numba.core.errors import TypingError
 
 from machines import assert_same
-from pgemu import Config, Machine, kernels
+from pgemu import Config, Machine, VmFault, kernels
 from pgemu_kernels import words as W
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import PAGE_2M, PAGE_4K, Flag, Operation
@@ -140,3 +141,52 @@ def test_numbers_that_cannot_be_are_refused() -> None:
     assert (out[:, 0] == kernels.REFUSED).all()
     assert counted(handle, W.EVENTS, 255, len(Gauge)) == (kernels.REFUSED,) * 3
     assert counted(handle, 0, 1 << 20, 0)[1] == kernels.REFUSED
+
+
+@njit
+def faulted(handle: Any, flags: Any, address: int) -> int:
+    return kernels.guest_fault(handle, 0, address, flags).status  # type: ignore[no-any-return]
+
+
+@njit
+def written_and_run(handle: Any, address: int) -> Any:
+    return kernels.operate(handle, Operation.GUEST_FAULT, Flag.WRITE | Flag.EXEC | 16, 0, 0, 0, address, 0, 0)
+
+
+@njit
+def converted(handle: Any, shared: Any) -> int:
+    return kernels.convert(handle, 0, 0, PAGE_4K, shared).status  # type: ignore[no-any-return]
+
+
+def test_flags_are_members_and_truth_values_are_bools() -> None:
+    one, other, both = build("pfnmap"), build("pfnmap"), Flag.WRITE | Flag.EXEC
+    handle = kernels.Handle(one, "operate")
+    for address, flags in enumerate((0, 3, Flag.WRITE, both, Flag(0), np.uint8(1))):
+        expected = other.operate(Operation.GUEST_FAULT, flags=int(flags), address=address * PAGE_4K)
+        assert faulted(handle, flags, address * PAGE_4K) == expected.status
+    expected = other.operate(Operation.GUEST_FAULT, flags=int(both) | 16, address=PAGE_2M)
+    assert written_and_run(handle, PAGE_2M) == (expected.status, expected.detail)
+    for shared in (True, False, np.True_, 1, 0, 2):
+        flags = Flag.SHARED if shared else Flag.PRIVATE
+        expected = other.operate(Operation.CONVERT, flags=int(flags), length=PAGE_4K)
+        assert converted(handle, shared) == expected.status
+    assert_same(one, other)
+    with pytest.raises(TypingError, match=r"guest_fault\(\): flags is bool, expected an integer or a pgemu.Flag"):
+        faulted(handle, True, 0)
+    with pytest.raises(TypingError, match=r"convert\(\): shared is float64, expected a bool, or an integer that is 0"):
+        converted(handle, 1.0)
+
+
+@njit
+def of_nothing(handle: Any, out: Array) -> None:
+    out[0] = kernels.guest_fault(handle, 7, 0, 0).status
+    out[1] = kernels.convert(handle, 7, 0, PAGE_4K, True).status
+    out[2] = kernels.host_fault(handle, 7, 0, 0).status
+    out[3] = kernels.zap(handle, 7, 0, PAGE_4K).status
+    out[4] = kernels.munmap(handle, 7, 0, PAGE_4K).status
+
+
+def test_what_does_not_exist_has_the_code_that_the_text_names() -> None:
+    out = np.zeros(5, np.int64)
+    of_nothing(kernels.Handle(build("pfnmap")), out)
+    assert out.tolist() == [-W.EBADF, -W.EBADF, int(VmFault.SIGSEGV), -W.EINVAL, -W.EINVAL]

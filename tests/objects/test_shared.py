@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from c_programs import PACKAGE, compiled
+from c_programs import INCLUDE, PACKAGE, compiled
 from pgemu import Config, Machine
+from pgemu.machine.snapshot import layout_digest
+from pgemu.version import version
+from pgemu_kernels import words as W
 from pgemu_kernels.formats.page_format import FORMATS
 
 EXAMPLE = PACKAGE / "examples" / "c" / "walk_shared.c"
@@ -185,6 +189,34 @@ def test_the_header_compiles_as_cpp(tmp_path: Path) -> None:
     source = tmp_path / "walk_shared.cpp"
     source.write_text(EXAMPLE.read_text())
     compiled(source, tmp_path / "walk", "-std=c++11", compiler="g++")
+
+
+def test_the_header_s_words_are_those_of_the_segment(name: str) -> None:
+    text = (INCLUDE / "pgemu_shared.h").read_text()
+    words = {found: int(number) for found, number in re.findall(r"PGEMU_WORD_(\w+) = (\d+),[ ]+/\*", text)}
+    assert len(words) == text.count("    PGEMU_WORD_")  # each has a comment
+    machine = Machine(Config("pfnmap", pool=M2, page_size=M2))
+    tables = [machine.create_page_table("ept") for _ in range(3)]
+    with machine.share(name, reserve=False) as shared:
+        header = np.fromfile(FOLDER / name, np.uint64, 64)
+        before = int(header[words["WRITTEN"]])
+        assert header[words["MAGIC"]].tobytes() == b"pgemuSHM"
+        assert header[[words["VERSION"], words["HEADER"], words["SIZE"]]].tolist() == [1, 64 * 8, shared.size]
+        assert header[[words["STATE"], words["SEQUENCE"], words["ONE"]]].tolist() == [1, shared.sequence, 1]
+        assert header[words["OWNER"]] == os.getpid()
+        started = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        assert header[words["BEGAN"]] == int(started)
+        assert header[words["DIGEST"]] == int(layout_digest(), 16)
+        arrays = header[words["ARRAYS"] :][:12].reshape(4, 3)
+        assert arrays[:, 1:].tolist() == [[array.size, array.itemsize] for array in machine.arrays]
+        assert header[words["GUEST"] + 1] == M2
+        assert header[words["FORMATS"] + 3] == machine.register(W.R_FORMATS)
+        assert header[words["SOURCES"] + 2] > 0
+        assert header[words["TABLES"] + 3 :][:2].tolist() == [3, 3]
+        assert header[words["TEXT"] :][:8].tobytes().rstrip(b"\0").decode() == version()
+        tables.append(machine.create_page_table("ept"))
+        assert np.fromfile(FOLDER / name, np.uint64, 64)[words["WRITTEN"]] == before + 1
+        assert shared.sequence == header[words["SEQUENCE"]] + 2
 
 
 def test_what_is_no_segment_is_told(walker: Path, name: str) -> None:
