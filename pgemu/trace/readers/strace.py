@@ -32,7 +32,7 @@ _HEAD = re.compile(
     r"(?P<rest>[a-z_][a-z0-9_]*\(.*|<\.\.\. .*|(?:---|\+\+\+) .*)"
 )
 _CALL = re.compile(r"(?P<name>[a-z_][a-z0-9_]*)\((?P<rest>.*)")
-# Lines can be long, and hold whatever a program writes: no pattern may go through one again from each of its characters.
+# Lines can be long, and hold whatever a program writes: no pattern may go through one from each of its characters.
 _RESULT = re.compile(r"\)\s+= (?P<result>-?(?:0x[0-9a-f]+|\d+)|\?)(?=[ <]|$)")
 _MORE = re.compile(r"(?:<.*>(?:\(deleted\))?)?(?: .*)?")
 _TRIED = 8  # what looks like a result, from the last one on
