@@ -105,7 +105,9 @@ class MachineFactory:
         Fields come from here, else from the marker `pgemu`, else from --pgemu-config; `design` is that of pgemu_design
         if the test uses it.
 
-        :raises TypeError: a Config and fields, or a field that there is not
+        A name that is no field fails the test.
+
+        :raises TypeError: a Config and fields
         :raises ValueError: a value that a field may not have
         """
         from pgemu.machine.config import Config
@@ -113,6 +115,7 @@ class MachineFactory:
 
         if config is not None and fields:
             raise TypeError(f"{', '.join(fields)}: expected a Config or fields, not both")
+        _check_names("pgemu_machine", fields)
         machine = Machine(Config(**{**self._fields, **fields}) if config is None else config)
         self.made.append(machine)
         return machine
@@ -381,9 +384,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     from pgemu.benchmarking import summary
 
+    missing = filter(None, [summary.unmodelled_line(timed)])
     sections = (
         (summary.EMULATOR_TITLE, summary.EMULATOR_NOTE, summary.emulator_lines(timed)),
-        (summary.MODELLED_TITLE, summary.MODELLED_NOTE, summary.modelled_lines(timed)),
+        (summary.MODELLED_TITLE, summary.MODELLED_NOTE, [*summary.modelled_lines(timed), *missing]),
     )
     for title, notes, lines in sections:
         found = list(lines)
