@@ -3,7 +3,8 @@
 It is off unless a test uses one of its fixtures, all named pgemu_*: until then it adds two options and a marker, and
 imports neither NumPy nor numba. `pgemu_benchmark` needs pytest-benchmark, the others do not. (PYTEST_DONT_REWRITE)
 
-A benchmark file, which times both designs beside a control::
+A round does something only if `setup` undoes the one before: of faults it drops the VM's leaves, by `vm.unbind(0)` and
+`vm.bind(gmem, 0)`. A benchmark file, which times both designs beside a control::
 
     import numpy as np
     import pytest
