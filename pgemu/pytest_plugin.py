@@ -301,9 +301,7 @@ class Benchmark:
             raise ValueError(f"operations {operations!r}: expected how many the call does, 1 or more")
         role = role or (CONTROL if control else "call")
         extra: dict[str, Any] = {"operations": operations, "role": role, "design": self._design()}
-        # A control has no machine: only what its test says, as that of a call does, can put both into one group.
-        self._by_pages = "page_size" in info or "page_size" in self._parameters()
-        pages = self._page_size([] if control else self._chosen(machine))
+        pages = self._page_size([] if control else self._chosen(machine), info)
         extra |= {"footprint": _size(footprint), "order": order, "page_size": pages} | info
         extra = {name: value for name, value in extra.items() if value is not None}
         self._fixture.group = f"emulator time, {self._group(group, extra)}"
@@ -343,11 +341,13 @@ class Benchmark:
         parts.append(" over ".join(str(extra[key]) for key in ("order", "footprint") if key in extra))
         return ", ".join(filter(None, parts))
 
-    def _page_size(self, machines: Sequence[Core]) -> str | None:
+    def _page_size(self, machines: Sequence[Core], info: dict[str, Any]) -> str | None:
         """What the test's parameter says, else its machines, if they have one other size than the default."""
         from pgemu.machine.config import Config
 
         value = self._parameters().get("page_size")
+        # A control has no machine: only what its test says, as that of a call does, can put both into one group.
+        self._by_pages = "page_size" in info or value is not None
         if isinstance(value, (int, str)):
             return _size(value)
         sizes = {machine.config.page_size for machine in machines} - {Config().page_size}

@@ -100,12 +100,13 @@ class _Group(click.RichGroup):
 
 def _suggestion(error: click.ClickException) -> str:
     """Commands of the group, whichever it is, that are called almost as one that it does not have."""
-    group = error.ctx.command if isinstance(error, click.UsageError) and error.ctx else None
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    group = context.command if context else None
     message = error.format_message()
     found = re.match(r"No such command '(.*)'\.$", message)
-    if not found or not isinstance(group, click.Group) or not error.ctx:
+    if not found or not isinstance(group, click.Group) or not context:
         return ""
-    close = get_close_matches(found[1], group.list_commands(error.ctx))
+    close = get_close_matches(found[1], group.list_commands(context))
     return (
         f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     )  # click's own words, of its newer versions
