@@ -3,6 +3,7 @@
 pytest bench --readme --benchmark-json=FILE
 python -m bench.table FILE            print it
 python -m bench.table FILE --store    put it into README.md, and its figures into tests/data/bench/readme.json
+--force stores figures of a machine that was busy, too
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ STORED = ROOT / "tests" / "data" / "bench" / "readme.json"
 HEADING = "## What it costs"
 FOOTPRINT, PAGE_SIZE = "16G", "1G"
 WIDTH = 120
+UNEVEN = 1.5  # a control that differs more between designs, for which it does the same, tells of a busy machine
 DESIGNS, ORDERS = ("restructure", "pfnmap"), ("sequential", "random")
 
 ROWS = {
@@ -84,6 +86,21 @@ class Benchmarks:
             what = ", ".join((start.rstrip("["), *properties.values()))
             raise InputError(f"no benchmark {what}: expected those of pytest bench --readme", self._file)
         return found
+
+    def uneven(self) -> str | None:
+        """The control whose rates with each design differ most, if by more than UNEVEN; it is the same for both."""
+        medians: dict[str, list[float]] = {}
+        for bench in self._found:
+            info = bench["extra_info"]
+            if info.get("role") == "control" and (design := info.get("design")):
+                medians.setdefault(bench["fullname"].replace(design, "*"), []).append(bench["stats"]["median"])
+        factor, name = max(((max(found) / min(found), name) for name, found in medians.items()), default=(1.0, ""))
+        if factor <= UNEVEN:
+            return None
+        return (
+            f"{name}: the control took {factor:.1f} times as long with one design as with the other, so the machine "
+            "was busy: columns of designs cannot be compared"
+        )
 
     def ratios(self, found: Iterable[dict[str, Any]]) -> list[float]:
         """Of rates to that of the control; InputError without one."""
@@ -172,14 +189,18 @@ def replaced(readme: str, lines: Iterable[str]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Print the section, or store it; 2 and one line on stderr for what cannot be done."""
-    store = "--store" in arguments
-    paths = [argument for argument in arguments if argument != "--store"]
+    store, force = "--store" in arguments, "--force" in arguments
+    paths = [argument for argument in arguments if argument not in ("--store", "--force")]
     if len(paths) > 1 or any(path.startswith("-") for path in paths):
-        print("usage: python -m bench.table [JSON] [--store]", file=sys.stderr)
+        print("usage: python -m bench.table [JSON] [--store [--force]]", file=sys.stderr)
         return 2
     try:
         benchmarks = Benchmarks(Path(paths[0]) if paths else STORED)
         lines = list(section(benchmarks))
+        if uneven := benchmarks.uneven():
+            print(uneven, file=sys.stderr)
+            if store and not force:
+                raise InputError("not stored: expected even controls, or --force", paths[0] if paths else str(STORED))
         if store:
             text = replaced(README.read_text(), lines)
             for path, contents in ((STORED, benchmarks.stripped()), (README, text)):

@@ -3,7 +3,8 @@
 It is off unless a test uses one of its fixtures, all named pgemu_*: until then it adds two options and a marker, and
 imports neither NumPy nor numba. `pgemu_benchmark` needs pytest-benchmark, the others do not. (PYTEST_DONT_REWRITE)
 
-A benchmark file, which times both designs beside a control::
+A round does something only if `setup` undoes the one before: of faults it drops the VM's leaves, by `vm.unbind(0)` and
+`vm.bind(gmem, 0)`. A benchmark file, which times both designs beside a control::
 
     import numpy as np
     import pytest
@@ -105,7 +106,9 @@ class MachineFactory:
         Fields come from here, else from the marker `pgemu`, else from --pgemu-config; `design` is that of pgemu_design
         if the test uses it.
 
-        :raises TypeError: a Config and fields, or a field that there is not
+        A name that is no field fails the test.
+
+        :raises TypeError: a Config and fields
         :raises ValueError: a value that a field may not have
         """
         from pgemu.machine.config import Config
@@ -113,6 +116,7 @@ class MachineFactory:
 
         if config is not None and fields:
             raise TypeError(f"{', '.join(fields)}: expected a Config or fields, not both")
+        _check_names("pgemu_machine", fields)
         machine = Machine(Config(**{**self._fields, **fields}) if config is None else config)
         self.made.append(machine)
         return machine
@@ -246,6 +250,7 @@ class Benchmark:
         self._request = request
         self._fixture = fixture
         self._machines = machines
+        self._by_pages = False  # whether groups are of one page size
 
     @property
     def disabled(self) -> bool:
@@ -270,16 +275,19 @@ class Benchmark:
         """Time `call`, and return what it returned.
 
         A first round is not timed: it compiles or loads machine code. Benchmarks are compared within a group, named
-        by `group` (else by the test's file), the design, `order` and `footprint`; the rate of each is set against that
-        of the group's control.
+        by `group` (else by the test's file), the design, page size, `order` and `footprint`; the rate of each
+        is set against that of the group's control.
 
         :param operations: how many the call does; a control knows
         :param setup: is called before each round, untimed
         :param machine: whose statistics are taken over the call, several too; else those that pgemu_machine made
         :param footprint: bytes, or text, of memory that the operations range over
+        :param group: replaces the file's name in that of the group; the others are added all the same
         :param order: of accesses: "sequential", "random", ...
         :param role: "control", or "peer" for another program's way; else what `call` is
-        :param info: more for `extra_info`: numbers and text
+        :param info: more for `extra_info`: numbers and text. `page_size`, text like "2M": where neither it nor a
+            parameter of the test of that name says it, that of the machines if it is not the default, which tells no
+            group from another
         :raises ValueError: fewer operations than one, or none given
         """
         from pgemu.benchmarking.controls import Control
@@ -293,7 +301,8 @@ class Benchmark:
             raise ValueError(f"operations {operations!r}: expected how many the call does, 1 or more")
         role = role or (CONTROL if control else "call")
         extra: dict[str, Any] = {"operations": operations, "role": role, "design": self._design()}
-        extra |= {"footprint": _size(footprint), "order": order} | info
+        pages = self._page_size([] if control else self._chosen(machine), info)
+        extra |= {"footprint": _size(footprint), "order": order, "page_size": pages} | info
         extra = {name: value for name, value in extra.items() if value is not None}
         self._fixture.group = f"emulator time, {self._group(group, extra)}"
         self._fixture.extra_info.update(extra)
@@ -327,10 +336,26 @@ class Benchmark:
     def _group(self, group: str | None, extra: dict[str, Any]) -> str:
         stem = self._request.path.stem.removeprefix("test_").removeprefix("bench_")
         name = group or stem.replace("_", " ")
-        design, pages = extra.get("design"), extra.get("page_size")
+        design, pages = extra.get("design"), extra.get("page_size") if self._by_pages else None
         parts = [f"{name} {design}" if design else name, f"{pages} pages" if pages else ""]
         parts.append(" over ".join(str(extra[key]) for key in ("order", "footprint") if key in extra))
         return ", ".join(filter(None, parts))
+
+    def _page_size(self, machines: Sequence[Core], info: dict[str, Any]) -> str | None:
+        """What the test's parameter says, else its machines, if they have one other size than the default."""
+        from pgemu.machine.config import Config
+
+        value = self._parameters().get("page_size")
+        # A control has no machine: only what its test says, as that of a call does, can put both into one group.
+        self._by_pages = "page_size" in info or value is not None
+        if isinstance(value, (int, str)):
+            return _size(value)
+        sizes = {machine.config.page_size for machine in machines} - {Config().page_size}
+        return _size(sizes.pop()) if len(sizes) == 1 else None
+
+    def _parameters(self) -> dict[str, Any]:
+        callspec = getattr(self._request.node, "callspec", None)
+        return dict(callspec.params) if callspec else {}
 
     def _chosen(self, machine: Core | Sequence[Core] | None) -> Sequence[Core]:
         if machine is None:
@@ -381,9 +406,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     from pgemu.benchmarking import summary
 
+    missing = filter(None, [summary.unmodelled_line(timed)])
     sections = (
         (summary.EMULATOR_TITLE, summary.EMULATOR_NOTE, summary.emulator_lines(timed)),
-        (summary.MODELLED_TITLE, summary.MODELLED_NOTE, summary.modelled_lines(timed)),
+        (summary.MODELLED_TITLE, summary.MODELLED_NOTE, [*summary.modelled_lines(timed), *missing]),
     )
     for title, notes, lines in sections:
         found = list(lines)

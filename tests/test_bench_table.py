@@ -167,6 +167,32 @@ def test_usage_and_unreadable_files(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "bad.json").write_text("{")
     assert table.main([str(tmp_path / "bad.json")]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[:2] == ["usage: python -m bench.table [JSON] [--store]"] * 2
+    assert lines[:2] == ["usage: python -m bench.table [JSON] [--store [--force]]"] * 2
     assert lines[2] == f"{tmp_path / 'none.json'}: No such file or directory"
     assert lines[3].startswith(f"{tmp_path / 'bad.json'}: no JSON: ")
+
+
+def test_an_uneven_control_is_told_and_not_stored(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for design, median in (("pfnmap", 0.002), ("restructure", 0.0033)):
+        extra = {"role": "control", "design": design, "operations": 1}
+        name = f"bench/test_fault.py::test_control[{design}]"
+        document["benchmarks"].append({"fullname": name, "extra_info": extra, "stats": {"median": median}})
+    path = tmp_path / "o.json"
+    path.write_text(json.dumps(document))
+    for name in ("README", "STORED"):
+        monkeypatch.setattr(table, name, tmp_path / name)
+    (tmp_path / "README").write_text(f"a\n{table.HEADING}\nold\n\n## b\n")
+    assert table.main([str(path), "--store"]) == 2
+    told, refusal = capsys.readouterr().err.splitlines()
+    assert told.startswith("test_fault.py::test_control[*]: the control took ")
+    assert "--force" in refusal
+    assert not (tmp_path / "STORED").exists()
+    assert table.main([str(path), "--store", "--force"]) == 0
+    assert (tmp_path / "STORED").exists()
+    assert capsys.readouterr().err.splitlines() == [told]
+    document["benchmarks"][-1]["stats"]["median"] = 0.0029
+    path.write_text(json.dumps(document))
+    assert table.main([str(path)]) == 0
+    assert not capsys.readouterr().err

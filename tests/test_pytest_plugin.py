@@ -287,3 +287,25 @@ def test_the_example_of_the_documentation_runs(session: Any) -> None:
     text = "\n".join(line.removeprefix("    ") for line in example[1].splitlines()).strip()
     assert f"```python\n{text}\n```" in (Path(__file__).parents[1] / "bench" / "README.md").read_text()
     passed(session(text, "--benchmark-disable"), 4)
+
+
+def test_a_wrong_field_of_pgemu_machine_is_one_line(session: Any) -> None:
+    result = session("def test_it(pgemu_machine):\n    pgemu_machine(pol=1)\n")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["pgemu_machine: Config has no field 'pol'; expected one of design, pool,*"])
+
+
+def test_page_sizes_that_are_parameters_are_groups(session: Any, pytester: pytest.Pytester) -> None:
+    text = CONVERT.replace("pgemu_design):", "pgemu_design, page_size):").replace(
+        "pool=2 << 20, page_size=2 << 20", "pool=1 << 30"
+    )
+    text = text.replace("pgemu_machine()", "pgemu_machine(page_size=page_size)").replace(
+        "import pytest\n", "import pytest\npytestmark = pytest.mark.parametrize('page_size', [2 << 20, 1 << 30])\n", 1
+    ).replace("create_guest_memfd(2 << 20)", "create_guest_memfd(1 << 30)")  # fmt: skip
+    passed(session(text, "--benchmark-json=o.json", "--pgemu-design=pfnmap"), 4)
+    found = stored(pytester.path / "o.json").values()
+    assert sorted({(one["group"].split(", ")[2], one["extra_info"]["page_size"]) for one in found}) == [
+        ("1G pages", "1G"),
+        ("2M pages", "2M"),
+    ]
+    assert sum("ratio_to_control" in one["extra_info"] for one in found) == 2

@@ -12,7 +12,7 @@ from typing import Any
 
 from pgemu.report.units import band
 
-__all__ = ("CONTROL", "Timed", "emulator_lines", "modelled_lines", "set_ratios")
+__all__ = ("CONTROL", "Timed", "emulator_lines", "modelled_lines", "set_ratios", "unmodelled_line")
 
 CONTROL = "control"
 
@@ -66,6 +66,14 @@ def modelled_lines(timed: Iterable[Timed]) -> Iterator[str]:
         yield f"{group}: " + ", ".join(map(_modelled, members))
 
 
+def unmodelled_line(timed: Iterable[Timed]) -> str | None:
+    """Which calls no machine counted for, and why; None if there are none."""
+    names = [f"{one.name} ({one.group})" for one in timed if one.role == "call" and "modelled_ns" not in one.info]
+    if not names:
+        return None
+    return f"not here, for neither a machine of pgemu_machine nor machine= counted anything: {', '.join(names)}"
+
+
 def _groups(timed: Iterable[Timed]) -> Iterator[tuple[str, list[Timed]]]:
     found: dict[str, list[Timed]] = {}
     for one in timed:
@@ -86,4 +94,20 @@ def _modelled(one: Timed) -> str:
         operations = one.info["counts"]["operations"].items()
         results = [f"{operation} {result}" for operation, results in operations for result in results]
         return f"{one.name}: nothing that has a price ({', '.join(results) or 'no operation'})"
-    return f"{one.name} {band(low, high)}"
+    told = _outcomes(one.info["counts"]["operations"])
+    return f"{one.name} {band(low, high)}" + (f" ({told})" if told else "")
+
+
+def _outcomes(operations: dict[str, dict[str, int]]) -> str:
+    """What the counted operations returned, "" where all are of one kind that is no error.
+
+    A price over several kinds is the mean of all: of few that did something and many that did not, it is no price of
+    any of them.
+    """
+    found = [(operation, result, n) for operation, results in operations.items() for result, n in results.items()]
+    if len(found) == 1:
+        _, result, n = found[0]
+        return f"{result} {n:,} of {n:,}" if result.startswith("-") else ""
+    several = len(operations) > 1
+    parts = (f"{n:,} {operation} {result}" if several else f"{n:,} {result}" for operation, result, n in found)
+    return f"mean over {', '.join(parts)}" if found else ""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import os
 import pkgutil
+import re
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from difflib import get_close_matches
 from functools import wraps
 from importlib import import_module
 from typing import Any, NoReturn
@@ -63,7 +65,7 @@ class _Group(click.RichGroup):
             new = _RENAMED.get(error.option_name)
             _fail(f"{error.option_name} is called {new}" if new else error.format_message())
         except click.ClickException as error:
-            _fail(error.format_message())
+            _fail(error.format_message() + _suggestion(error))
         except InputError as error:
             _fail(str(error))
         except (click.Abort, KeyboardInterrupt) as error:
@@ -94,6 +96,20 @@ class _Group(click.RichGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             _broken_pipe()
+
+
+def _suggestion(error: click.ClickException) -> str:
+    """Commands of the group, whichever it is, that are called almost as one that it does not have."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    group = context.command if context else None
+    message = error.format_message()
+    found = re.match(r"No such command '(.*)'\.$", message)
+    if not found or not isinstance(group, click.Group) or not context:
+        return ""
+    close = get_close_matches(found[1], group.list_commands(context))
+    return (
+        f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    )  # click's own words, of its newer versions
 
 
 def _with_escapes(command: click.Command) -> click.Command:

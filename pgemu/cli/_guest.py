@@ -125,7 +125,9 @@ def program(trace: str, options: dict[str, Any]) -> Iterator[AccessStream]:
     with Bar() as bar, watched(limited(partial(bar, "reading"), options["max_memory"])):
         found = opened(trace, None, options["input_format"])
         if not isinstance(found, AccessStream):
-            raise InputError("a trace of a VM or of processes, expected a program's addresses", trace)
+            raise InputError(
+                "a trace of a VM or of processes, expected a program's addresses: pgemu record --with valgrind", trace
+            )
         try:
             yield found
         except ValueError as error:

@@ -121,6 +121,13 @@ def _command(command: tuple[str, ...], tool: str | None, output: str) -> None:
     with opened(output) as sink:
         ran = run(way, command, sink)
     click.echo(f"{output}: {way.tool} ({way.what}), {_lines(sink.lines)}; {_status(ran)}{_early(ran.stopped)}")
+    _say_text(output)
+
+
+def _say_text(output: str) -> None:
+    """A name that promises a table holds text all the same, which whoever opens it has to know."""
+    if output.lower().endswith((".parquet", ".csv")):
+        click.echo(f"{output}: text, whatever its name says; pgemu trace convert makes a table of it")
 
 
 def _status(ran: Ran) -> str:
@@ -161,3 +168,4 @@ def _kvm(output: str, options: dict[str, Any]) -> None:
         found = tracefs.record(options["kvm"], sink, tasks=options["tasks"], buffer=options["buffer"])
     missing = f"; not in this kernel: {', '.join(found.missing)}" if found.missing else ""
     click.echo(f"{output}: {found.seconds:.3g} s, {_lines(sink.lines)}{_early(found.stopped)}{missing}")
+    _say_text(output)

@@ -105,8 +105,11 @@ def replay(traces: tuple[str, ...], **options: Any) -> int:
     by their numbers, each inode of the trace's size; processes of a trace that forks come by its forks.
 
     A row of the outcomes is a record: index, operation, result, detail (of a fault the level of its leaf: 1 of 4K, 2 of
-    2M, 3 of 1G). Metadata "pgemu.replay" tells the machine, and whether all records have run. The file appears at the
-    end; interrupted (Ctrl-C, SIGTERM), it has what has run by then.
+    2M, 3 of 1G). index counts the records that ran, from 0 on: those put before the trace's first (processes, memory,
+    slots) are among them, and rows left out are not, so it is no row of TRACE. pgemu trace convert stores what runs,
+    row by row. Metadata "pgemu.replay" tells the machine, and whether all records have run
+    (pq.read_metadata(FILE).metadata[b"pgemu.replay"], JSON). The file appears at the end; interrupted (Ctrl-C,
+    SIGTERM), it has what has run by then.
 
     With --checkpoint a run that ended for whatever reason goes on by --resume, and writes the same file as one that was
     never interrupted. With --jobs a trace of VMs that share nothing runs on several machines; where records join all of

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = (
     "CONTRACT",
     "LEVEL",
+    "check_empty",
     "check_names",
     "check_order",
     "check_size",
@@ -107,7 +108,8 @@ def levels_of(
         return None
     levels: npt.NDArray[np.uint8] = columns_of(batch, held, [LEVEL], source, first)[LEVEL]
     if levels.size and levels.max() > 3:
-        raise InputError(f"column {LEVEL!r} holds {levels.max()}, expected at most 3", source)
+        row = int(np.argmax(levels > 3))
+        raise InputError(f"row {first + row}: column {LEVEL!r} holds {levels[row]}, expected at most 3", source)
     return levels
 
 
@@ -148,8 +150,25 @@ def records_of(
             if reading.any():
                 row = int(np.argmax(reading))
                 operation = _TITLES[int(records.op[row])]
-                raise InputError(f"column {name!r} is missing, which {operation} of row {first + row} reads", source)
+                raise InputError(f"row {first + row}: column {name!r} is missing, which {operation} reads", source)
     return records
+
+
+def check_empty(batch: pa.RecordBatch, empty: Mapping[str, npt.NDArray[np.bool_]], source: str, first: int) -> None:
+    """InputError with the row for a cell that is empty and that the row's operation reads.
+
+    :param empty: bool[n] by column: which cells are
+    """
+    if not empty or "op" not in batch.schema.names:
+        return
+    ops = numbers(batch.column("op"), "op", DTYPES["op"], source, first)
+    for name in (one for one in _TOLD if one in empty):  # others are 0 where they are missing, too
+        cells = empty[name]
+        reading = cells & np.isin(ops, [int(op) for op, meanings in COLUMNS.items() if name in meanings])
+        if reading.any():
+            row = int(np.argmax(reading))
+            operation = _TITLES[int(ops[row])]
+            raise InputError(f"row {first + row}: {operation} reads column {name!r}, expected a number", source)
 
 
 def numbers(column: pa.Array, name: str, dtype: np.dtype[Any], source: str, first: int) -> npt.NDArray[Any]:

@@ -168,4 +168,4 @@ def test_a_program_in_a_guest_says_what_it_assumes(tmp_path: Path) -> None:
         assert len(refused.stderr.strip().splitlines()) == 1
     log = run("guest", DATA / "traces" / "vm-convert-swprot.ftrace.txt.xz")
     assert log.exit_code == 2
-    assert "expected a program's addresses" in log.stderr
+    assert "expected a program's addresses: pgemu record --with valgrind" in log.stderr

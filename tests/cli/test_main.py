@@ -111,6 +111,13 @@ def test_an_unknown_command_is_one_line() -> None:
     assert result.stderr == "pgemu: No such command 'nothing'.\n"
 
 
+@pytest.mark.parametrize(("words", "meant"), [(("compar",), "compare"), (("trace", "inof"), "info")])
+def test_a_command_that_is_almost_there_is_suggested_in_every_group(words: tuple[str, ...], meant: str) -> None:
+    result = python("-m", "pgemu", *words)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"pgemu: No such command '{words[-1]}'. Did you mean '{meant}'?\n"
+
+
 def test_a_closed_pipe_is_quiet() -> None:
     command = [sys.executable, "-m", "pgemu", "compare", "--design", "pfnmap", "--format", "json", "--sources"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -67,6 +67,10 @@ def test_a_command_that_a_signal_ends(fakes: Fakes, tmp_path: Path) -> None:
     fakes.add("program", "#!/bin/sh\nkill -9 $PPID\n")  # as perf ends itself by its command's signal
     result = invoke("-o", str(tmp_path / "out"), "program")
     assert result.stdout.endswith("the command was ended by SIGKILL\n")
+    result = invoke("-o", str(tmp_path / "out.parquet"), "program")
+    assert result.stdout.endswith(
+        "out.parquet: text, whatever its name says; pgemu trace convert makes a table of it\n"
+    )
 
 
 @pytest.mark.parametrize(

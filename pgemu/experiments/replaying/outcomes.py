@@ -1,6 +1,7 @@
 """What each record of a replay returned, as Parquet: a row per record, in their order.
 
-Columns: `index` (uint64, number of the record, from 0 on), `operation` and `result` (names, as dictionaries: what the
+Columns: `index` (uint64, number of the record among those that run, from 0 on; records put before a trace's first
+count, what was left out of it does not), `operation` and `result` (names, as dictionaries: what the
 kernel's function returned, as pgemu.machine.results.result_name() calls it), `detail` (uint64: the level of a fault's
 leaf, the failing offset of a refused conversion, ...: pgemu.machine.results.Results). Row groups have ROW_GROUP rows;
 LZ4. The file's metadata has a key `pgemu.replay`, JSON: `version` of this form, `pgemu`, `trace` (its name),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pgemu.errors import InputError
-from pgemu.trace.columns import LEVEL, check_names, check_order, check_size, levels_of, others, records_of
+from pgemu.trace.columns import LEVEL, check_empty, check_names, check_order, check_size, levels_of, others, records_of
 from pgemu.trace.schema import DTYPES, Records
 from pgemu.trace.source import LONGEST_LINE, Match, Source
 from pgemu.trace.unplaced import Unplaced
@@ -210,8 +210,12 @@ class _Table:
         import pyarrow as pa
 
         try:
-            arrays = [self._numbers(batch.column(number), name) for number, name in enumerate(batch.schema.names)]
+            empty: dict[str, Any] = {}
+            arrays = [
+                self._numbers(batch.column(number), name, empty) for number, name in enumerate(batch.schema.names)
+            ]
             made = pa.RecordBatch.from_arrays(arrays, batch.schema.names)
+            check_empty(made, empty, self._source, first)
             found = records_of(made, self._source, first), levels_of(made, self._source, first)
             check_order(found[0].time, last, self._source, first)
         except _CellError as error:
@@ -223,8 +227,11 @@ class _Table:
             raise InputError(error.what[match.end() :], self._source, self._stream.line(int(match[1]))) from None
         return found
 
-    def _numbers(self, column: pa.Array, name: str) -> pa.Array:
-        """A column of text as what pgemu.trace.columns takes: numbers, times, or names."""
+    def _numbers(self, column: pa.Array, name: str, empty: dict[str, Any]) -> pa.Array:
+        """A column of text as what pgemu.trace.columns takes: numbers, times, or names.
+
+        :param empty: gets which cells are empty, by column; they are 0, as in a column that is not there
+        """
         import pyarrow as pa
         from pyarrow import compute
 
@@ -240,6 +247,10 @@ class _Table:
                 return column.cast(pa.timestamp("ns"))
             except pa.ArrowInvalid:
                 pass
+        cells = compute.equal(column, "")
+        if name != "time" and compute.any(cells).as_py():
+            empty[name] = np.asarray(cells)
+            return self._numbers(compute.if_else(cells, "0", column), name, empty)
         values = column.to_pylist()
         row = next(number for number, value in enumerate(values) if not _is_number(value))
         what = f"column {name!r} holds {values[row][:_SHOWN]!r}"

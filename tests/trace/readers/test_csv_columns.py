@@ -74,7 +74,16 @@ def test_recorded_levels() -> None:
     found = parse("op,address,flags,fault_level\n2,0,0,1\n2,0,0,3\n")
     assert found.fault_levels is not None
     assert found.fault_levels.tolist() == [1, 3]
-    assert "column 'fault_level' holds 4, expected at most 3" in refused("op,address,flags,fault_level\n2,0,0,4\n")
+    text = "op,address,flags,fault_level\n2,0,0,3\n2,0,0,4\n"
+    assert refused(text).startswith("t.csv:3: column 'fault_level' holds 4, expected at most 3")
+
+
+def test_empty_cells_that_no_operation_reads_are_0() -> None:
+    names = "op,flags,address,offset,length,actor,space\n"
+    empty = parse(names + "guest fault,WRITE,4096,,,1,\nconvert,SHARED,,0x1000,8192,,\nhost fault,,1,,,,\n")
+    zeros = parse(names + "guest fault,WRITE,4096,0,0,1,0\nconvert,SHARED,0,4096,8192,0,0\nhost fault,,1,0,0,0,0\n")
+    for column in ("op", "flags", "address", "offset", "length", "actor", "space"):
+        assert getattr(empty.records, column).tolist() == getattr(zeros.records, column).tolist()
 
 
 def test_tables_without_rows() -> None:
@@ -89,7 +98,9 @@ H = "op,address,flags\n"
     ("text", "expected"),
     [
         (H + "2,1,0\n2,x,0\n", "t.csv:3: column 'address' holds 'x', expected a number of 64 bits, decimal or hexa"),
-        (H + "2,1,0\n\n\n2,,0\n", "t.csv:5: column 'address' holds '', expected a number"),
+        (H + "2,1,0\n\n\n2,,0\n", "t.csv:5: guest fault reads column 'address', expected a number"),
+        ("op,offset,length,flags\n3,0,1,8\n3,0,,8\n", "t.csv:3: convert reads column 'length', expected a number"),
+        ("op,address,flags,time\n2,0,1,\n", "t.csv:2: column 'time' holds '', expected a number"),
         (H + "2,-1,0\n", "t.csv:2: column 'address' holds '-1'"),
         (H + "2,18446744073709551616,0\n", "t.csv:2: column 'address' holds '18446744073709551616'"),
         (H + "2,0x10000000000000000,0\n", "t.csv:2: column 'address' holds"),
@@ -102,7 +113,7 @@ H = "op,address,flags\n"
         (H + "\n2,1,0,0\n", "t.csv:3: 4 columns, expected 3 as in the header"),
         (H + '2,"1\n",0\n', "t.csv:2: a quote that does not end in a line"),
         (H + "2,1\r,0\n", "t.csv:2: a carriage return in a line"),
-        (H + "2,1,0\n3,1,0\n", "t.csv: column 'offset' is missing, which convert of row 1 reads"),
+        (H + "2,1,0\n3,1,0\n", "t.csv:3: column 'offset' is missing, which convert reads"),
         ("op,address,flags,actor\n2,1,0,9\n2,1,0,70000\n", "t.csv:3: column 'actor' holds 70000, expected 0 to 65535"),
         ("op,address,flags,actor\n2,1,0,65535\n", "t.csv:2: actor 65535, expected less than"),
         ("op,flags,address,time\n2,0,1,5\n2,0,1,4\n", "t.csv:3: time 4 is before the row above"),
