@@ -275,19 +275,16 @@ class Benchmark:
         """Time `call`, and return what it returned.
 
         A first round is not timed: it compiles or loads machine code. Benchmarks are compared within a group, named
-        by `group` (else by the test's file), the design, page size, `order` and `footprint`; the rate of each
+        by `group` (else the test's file) and always the design, page size, `order` and `footprint`; the rate of each
         is set against that of the group's control.
 
         :param operations: how many the call does; a control knows
         :param setup: is called before each round, untimed
         :param machine: whose statistics are taken over the call, several too; else those that pgemu_machine made
         :param footprint: bytes, or text, of memory that the operations range over
-        :param group: replaces the file's name in that of the group; the others are added all the same
         :param order: of accesses: "sequential", "random", ...
         :param role: "control", or "peer" for another program's way; else what `call` is
-        :param info: more for `extra_info`: numbers and text. `page_size`, text like "2M": where neither it nor a
-            parameter of the test of that name says it, that of the machines if it is not the default, which tells no
-            group from another
+        :param info: more for `extra_info`: numbers and text; of `page_size` see bench/README.md
         :raises ValueError: fewer operations than one, or none given
         """
         from pgemu.benchmarking.controls import Control
