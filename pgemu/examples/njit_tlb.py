@@ -188,7 +188,7 @@ def simulate_vm(accesses: int, design: Design = "pfnmap", *, how: int = BY_EVENT
     """What was counted of a VM with 1G pages, and how many entries are stale at the end: none BY_EVENT."""
     machine = Machine(Config(design, pool=MEMORY))
     gmem, vm = machine.create_guest_memfd(MEMORY, shared=True), machine.create_vm(protected=True)
-    assert vm.bind(gmem, gpa=0).status == 0
+    vm.bind(gmem, gpa=0)
     random = np.random.default_rng(seed)
     addresses = random.integers(0, CHUNK, accesses) * PAGE
     tags, frames = np.zeros((SETS, WAYS), np.int64), np.zeros((SETS, WAYS), np.int64)

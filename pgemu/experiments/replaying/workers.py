@@ -155,6 +155,11 @@ class _Asked:
         self._wanted = False
         self._left = 0.0
 
+    @property
+    def left(self) -> bool:
+        """Whether the task is ended where it is: what it raises is what an import makes of that."""
+        return self._wanted and not self.begun
+
     def __call__(self) -> bool:
         self.begun = True
         return self._wanted
@@ -180,8 +185,13 @@ def _work(connection: Connection) -> None:
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            function, task = connection.recv()
             asked.begun = False
+            try:
+                function, task = connection.recv()  # which imports what they are made of
+            except Exception:
+                if asked.left:
+                    return
+                raise
             answer = _answer(function, task, asked)
             asked.begun = True  # it is over, and is told
             connection.send(answer)
@@ -194,6 +204,8 @@ def _answer(function: Callable[[Any, Callable[[], bool]], Any], task: Any, asked
     except InputError as error:
         return True, error
     except Exception as error:
+        if asked.left:
+            raise SystemExit(0) from None
         error.add_note("".join(traceback.format_exception(error)))
         return True, error
 
