@@ -644,3 +644,19 @@ def test_a_record_maps_anonymous_memory_on_a_machine_that_had_none() -> None:
     assert mapped.status == 0
     assert process.touch(0x1000_0000, write=True).status == W.VM_FAULT_NOPAGE
     assert machine.check() == 0
+
+
+@pytest.mark.parametrize("design", ["restructure", "pfnmap"])
+def test_mremap_of_nothing_onto_itself_has_no_mapping_to_show(design: Any) -> None:
+    """mremap_to() unmaps the new place before it looks for what is to be shown once more: vma_lookup(), -EFAULT."""
+    machine = Machine(Config(design, pool=M2, page_size=M2))
+    process, gmem = machine.create_process(), machine.create_guest_memfd(M2, shared=True)
+    for anonymous in (False, True):
+        if anonymous:
+            assert process.mmap_anonymous(BASE, M2, shared=True).status == 0
+        else:
+            assert process.mmap(gmem, BASE).status == 0
+        process.touch(BASE)
+        assert process.remap(BASE + PAGE, 0, new_length=2 * PAGE, new_address=BASE + PAGE).status == -W.EFAULT
+        assert machine.check() == 0
+        process.munmap(BASE, M2)

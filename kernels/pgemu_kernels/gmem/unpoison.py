@@ -7,6 +7,7 @@ import numpy as np
 from pgemu_kernels.engine.bits import NONE, U0, U1, U511
 from pgemu_kernels.engine.compile import outlined
 from pgemu_kernels.engine.frames import put_frame
+from pgemu_kernels.folios.counts import pin_count
 from pgemu_kernels.folios.folio import (
     COUNTS,
     FLAGS,
@@ -32,7 +33,7 @@ from pgemu_kernels.folios.poison import (
     is_folio_poisoned,
     is_held_by_failure,
 )
-from pgemu_kernels.gmem.references import drop, is_designs
+from pgemu_kernels.gmem.references import drop, is_designs, transient
 from pgemu_kernels.words.operations import EBUSY, ENXIO, EOPNOTSUPP
 from pgemu_kernels.words.registers import R_FRAMES, R_HW_FAILURE, R_HWPOISON, R_ORDER, R_POISONED_FRAMES
 from pgemu_kernels.words.rows import PAGE_POISONED
@@ -49,7 +50,8 @@ def unpoison_huge(m, head):
     if not is_folio_poisoned(m, head):
         return np.int64(-EBUSY)
     free = m.ram[page + PRIVATE] & HUGETLB_FREED != U0
-    if not free and (reference_count(m.ram, page) > U1 or m.ram[page + MAPPING] != U0):
+    held = transient(m, head) != U0 or pin_count(m.ram, page) != U0  # then its one reference is not memory failure's
+    if not free and (held or reference_count(m.ram, page) > U1 or m.ram[page + MAPPING] != U0):
         return np.int64(-EBUSY)
     forget_poison(m, head, pages)
     if not free and ours and is_held_by_failure(m, head):

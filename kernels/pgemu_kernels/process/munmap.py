@@ -277,6 +277,8 @@ def mremap(m, op):
     if status != 0:
         return stop(state, op, status)
     row = find_vma(state, space, start)
+    if row == NONE:  # what was to be shown once more stood where it is to be
+        return stop(state, op, -EFAULT)
     if to == U0:
         return stop(state, op, _resize(m, row, start, length, wanted))
     if wanted < length:

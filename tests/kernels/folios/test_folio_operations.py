@@ -297,3 +297,24 @@ def test_so_many_folios_can_be_pinned_by_outsiders() -> None:
     assert folios[0].pin().status == folios[0].unpin(2).status == 0
     assert folios[-1].pin().status == 0
     assert machine.check() == 0, machine.broken
+
+
+@pytest.mark.parametrize("who", ["an outsider", "a process"])
+def test_the_one_reference_of_a_poisoned_page_may_be_somebodys(who: str) -> None:
+    """unpoison_memory() drops memory failure's reference, and there is none where a page was only marked."""
+    machine = machine_of()
+    if who == "an outsider":
+        folio = machine.folio(machine.hugetlb().allocate().detail)
+    else:
+        file, process = machine.create_hugetlb_file(M2), machine.create_process()
+        assert process.mmap_hugetlb(VA, file=file).status == 0
+        assert process.pin(VA, PAGE, pin=0, write=True).status == 0
+        folio = machine.folio(machine.register(W.R_POOL_BASE))
+        assert file.close().status == process.munmap(VA, M2).status == 0
+    assert folio.refcount == 1
+    assert machine.operate(Operation.POISON, address=folio.pfn << 12).status == 0
+    assert machine.operate(Operation.UNPOISON, address=folio.pfn << 12).status == -W.EBUSY
+    assert folio.refcount == 1
+    assert machine.check() == 0, machine.broken
+    assert (folio.put() if who == "an outsider" else machine.unpin(0)).status == 0
+    assert machine.check() == 0, machine.broken
