@@ -329,6 +329,15 @@ def test_what_is_no_name_is_refused(wrong: str) -> None:
         small().share(wrong)
 
 
+def test_a_pipe_under_the_name_is_no_segment(name: str) -> None:
+    os.mkfifo(f"/dev/shm/{name}")
+    try:
+        with pytest.raises(FileExistsError):
+            Machine(Config()).share(name)
+    finally:
+        os.unlink(f"/dev/shm/{name}")
+
+
 def test_a_machine_is_shared_once(name: str) -> None:
     machine = small()
     with machine.share(name, reserve=False), pytest.raises(ValueError, match="the machine is shared as"):
