@@ -149,19 +149,11 @@ def change_references(m, op):
     return stop(state, op, 0)
 
 
-@kernel
-def forget_frozen(state, head):
-    """Nobody holds a folio's references back any more."""
-    for i in range(state[R_FROZEN]):
-        row = STATE_FROZEN + i * U(Z_WORDS)
-        if state[row + Z_PFN] == head:
-            state[row + Z_REFERENCES] = U0
-
-
 @outlined
 def change_frozen(m, op):
     """FOLIO_FREEZE: 1 if the refcount was what was expected (unfreeze: 0) and is 0 (what was asked for) now, else 0.
 
+    An unfreeze gives back fewer references than the freeze took, or more, only by those that outsiders hold.
     Whose references it took is noted, so that Machine.check() can count them: -ENOSPC past words.FROZEN folios.
     """
     state = m.state
@@ -170,14 +162,18 @@ def change_frozen(m, op):
         return stop(state, op, -EINVAL)
     page = struct_page(m, head)
     thawing = state[op + O_FLAGS] & FLAG_READ != U0
-    row = U0 if thawing else row_of_outsiders(state, head)
-    if row == NONE:
+    row = outsiders_row(state, head) if thawing else row_of_outsiders(state, head)
+    if row == NONE and not thawing:
         return stop(state, op, -ENOSPC)
     charge_one(m, EVENT_REFERENCE_CHANGED)
     if thawing:
-        done = unfreeze(m.ram, page, state[op + O_LENGTH])
+        n = state[op + O_LENGTH]
+        frozen = U0 if row == NONE else state[row + Z_REFERENCES]
+        _, pinned = outsiders_pins(m, head, page)
+        done = frozen != U0 and transient(m, head) + n >= pinned + frozen and unfreeze(m.ram, page, n)
         if done:
-            forget_frozen(state, head)
+            note_transient(m, head, n - frozen)
+            state[row + Z_REFERENCES] = U0
     else:
         done = freeze(m.ram, page, state[op + O_LENGTH])
         if done and state[op + O_LENGTH] != U0:

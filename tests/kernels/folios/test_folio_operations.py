@@ -318,3 +318,23 @@ def test_the_one_reference_of_a_poisoned_page_may_be_somebodys(who: str) -> None
     assert machine.check() == 0, machine.broken
     assert (folio.put() if who == "an outsider" else machine.unpin(0)).status == 0
     assert machine.check() == 0, machine.broken
+
+
+def test_an_unfreeze_gives_back_what_others_hold() -> None:
+    """Of 512 references of the cache, one of a mapping and one that was taken here, one may be missing afterwards."""
+    machine = machine_of()
+    file, process = machine.create_hugetlb_file(M2), machine.create_process()
+    assert process.mmap_hugetlb(VA, file=file).status == 0
+    assert process.touch(VA, write=True).status == W.VM_FAULT_NOPAGE
+    folio = machine.folio(machine.register(W.R_POOL_BASE))
+    assert not folio.unfreeze(5)  # nobody froze it
+    assert folio.get().detail == 514
+    for n, fine in ((1, False), (512, False), (513, True)):
+        if folio.refcount:
+            assert folio.freeze(514)
+        assert folio.unfreeze(n) == fine
+    assert folio.put().status == -W.EINVAL  # its own is gone
+    assert folio.freeze(513)
+    assert folio.unfreeze(515)
+    assert folio.put(2).detail == 513
+    assert machine.check() == 0, machine.broken
