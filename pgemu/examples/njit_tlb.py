@@ -96,13 +96,13 @@ def run(
 
 
 @njit(nogil=True)
-def stale(handle: Any, tree: Array, tags: Array, frames: Array) -> int:
-    """How many entries of the TLB a walk of the table does not give by now."""
+def stale(handle: Any, tree: Array, tags: Array, frames: Array, kind: int) -> int:
+    """How many entries of the TLB a walk of the table, or of stage 2, does not give by now."""
     wrong = 0
     for number in range(SETS):
         for way in range(WAYS):
             if tags[number, way] != 0:
-                found = kernels.translate(handle, tree, (tags[number, way] - 1) * PAGE, USER_WRITE)
+                found = kernels.translate(handle, tree, (tags[number, way] - 1) * PAGE, kind)
                 wrong += found.status != 0 or found.physical != frames[number, way] * PAGE
     return wrong
 
@@ -126,7 +126,7 @@ def simulate(accesses: int, *, flush: bool = True, seed: int = 1) -> tuple[Array
     tags, frames = np.zeros((SETS, WAYS), np.int64), np.zeros((SETS, WAYS), np.int64)
     handle, tree = kernels.Handle(table.machine, "translate", "edit"), kernels.tree(table)
     counts = run(handle, tree, addresses, edited, table.format.leaf[0], tags, frames, flush)
-    return counts, stale(handle, tree, tags, frames)
+    return counts, stale(handle, tree, tags, frames, USER_WRITE)
 
 
 # --------------------------------------------------------------------------- a guest's TLB
@@ -172,18 +172,6 @@ def run_vm(
     return counts
 
 
-@njit(nogil=True)
-def stale_of_vm(handle: Any, tree: Array, tags: Array, frames: Array) -> int:
-    """How many entries of a guest's TLB stage 2 does not give by now."""
-    wrong = 0
-    for number in range(SETS):
-        for way in range(WAYS):
-            if tags[number, way] != 0:
-                found = kernels.translate(handle, tree, (tags[number, way] - 1) * PAGE, kernels.PLAIN)
-                wrong += found.status != 0 or found.physical != frames[number, way] * PAGE
-    return wrong
-
-
 def simulate_vm(accesses: int, design: Design = "pfnmap", *, how: int = BY_EVENT, seed: int = 1) -> tuple[Array, int]:
     """What was counted of a VM with 1G pages, and how many entries are stale at the end: none BY_EVENT."""
     machine = Machine(Config(design, pool=MEMORY))
@@ -194,7 +182,7 @@ def simulate_vm(accesses: int, design: Design = "pfnmap", *, how: int = BY_EVENT
     tags, frames = np.zeros((SETS, WAYS), np.int64), np.zeros((SETS, WAYS), np.int64)
     handle, tree = kernels.Handle(machine, "translate", "operate"), kernels.tree(vm)
     counts = run_vm(handle, tree, vm.vm, gmem.inode, addresses, tags, frames, how)
-    return counts, stale_of_vm(handle, tree, tags, frames)
+    return counts, stale(handle, tree, tags, frames, kernels.PLAIN)
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from pgemu.experiments.verdict import QUESTIONS, Line, breaches, mapped, measure
 from pgemu.machine.config import PARAMETERS
 from pgemu.machine.presets import LIKE, PFNMAP
 from pgemu.machine.results import operation_name
-from pgemu.report import devices
 from pgemu.report.answers import WIDTH, answers_of, heads, left_out, measured, points, row, value, wrapped
+from pgemu.report.devices import both_ways, did, how
 from pgemu_kernels.words.events import Event, Gauge
 from pgemu_kernels.words.operations import PAGE_4K, Operation
 from pgemu_kernels.words.rows import SPINS
@@ -48,7 +48,7 @@ def screen(comparison: Comparison, lines: dict[str, Line], sensitivity: Sensitiv
     room = HEIGHT - len(found) - len(foot)
     rests, why = list(_rests(comparison, lines, sensitivity)), causes(comparison, sensitivity)
     kept = []
-    first = [*devices.did(comparison), *devices.both_ways(comparison, sensitivity)]
+    first = [*did(comparison), *both_ways(comparison, sensitivity)]
     first += [*_unlike(comparison), *_broken(comparison), *_splits(comparison), *_waits(comparison)]
     for text in dict.fromkeys((*first, *rests, *_refusals(comparison), *why)):  # where room ends, the last ones go
         needed = len(points(text))
@@ -88,7 +88,7 @@ def about(comparison: Comparison) -> Iterator[str]:
     both = "both: " if len(comparison.runs) > 1 else ""
     guessed = f" (assumed: {', '.join(vm[name] for name in comparison.assumed)})" if comparison.assumed else ""
     yield f"{both}{config.vm} VM, memory {lowered.init} at first{told}, Linux {config.kernel}{guessed}"
-    yield from devices.how(comparison)
+    yield from how(comparison)
     yield from _defects(comparison)
     if parts := list(_left_out(lowered.accounting, lowered.notes)):
         yield f"left out: {', '.join(parts)} (--details)"
@@ -201,8 +201,8 @@ def causes(comparison: Comparison, sensitivity: Sensitivity | None = None) -> li
     if all(run.refusal for run in comparison.runs[:2]):  # nothing ran
         return list(_refusals(comparison))
     return [
-        *devices.did(comparison),
-        *devices.both_ways(comparison, sensitivity),
+        *did(comparison),
+        *both_ways(comparison, sensitivity),
         *_unlike(comparison),
         *_broken(comparison),
         *_splits(comparison),
